@@ -1,0 +1,153 @@
+"""What rollout actors ask of a generation engine, and trainers of a training engine. Torch-free to import.
+
+Both are synchronous and single-threaded: an actor calls them from its worker thread only, one call at a time.
+Parameters travel under their Hugging Face names, unfused, tied ones listed once.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from actors.episodes import Float32, Group, Int32, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _no_tokens() -> Int32:
+    return np.zeros(0, dtype=np.int32)
+
+
+def _no_logprobs() -> Float32:
+    return np.zeros(0, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to continue.
+
+    context: int32 [c], every token so far (history and new prompt)
+    sampled, sampled_logprobs, sampled_versions: [r], what an earlier engine already sampled for this request before
+    it was aborted; it is re-prefilled, kept as it is, and counts towards max_new_tokens
+    key: the 64-bit key of `actors.randomness`; the draw of the i-th new token (i counted from 0, the already sampled
+    ones included) is uniform(key, i), so an aborted and resumed request draws what it would have drawn
+    """
+
+    request_id: int
+    context: Int32
+    max_new_tokens: int
+    key: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_tokens: tuple[int, ...] = ()
+    sampled: Int32 = field(default_factory=_no_tokens)
+    sampled_logprobs: Float32 = field(default_factory=_no_logprobs)
+    sampled_versions: Int32 = field(default_factory=_no_tokens)
+    batch: int | None = None  # requests with the same number run as one fixed batch (deterministic mode)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What came of a request. tokens include a stop token if one was sampled. finish: "stop", "length", "aborted"."""
+
+    request_id: int
+    tokens: Int32
+    logprobs: Float32
+    versions: Int32
+    finish: str
+
+
+class GenerationEngine(Protocol):
+    """Continuous batching: sequences that end make room for new ones between two calls of `step`."""
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot or wait inside the engine for one."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """The policy version of the weights in use; -1 before the first."""
+        ...
+
+    def can_admit(self, request: GenerationRequest) -> bool:
+        """Whether `add` would find room now. Raises ValueError for a request that could never fit."""
+        ...
+
+    def add(self, request: GenerationRequest) -> None:
+        """Admit a request; it is prefilled by the next `step`."""
+        ...
+
+    def step(self) -> list[Generation]:
+        """Advance every running sequence by one token (prefilling new ones first); returns those that ended."""
+        ...
+
+    def abort(self, request_ids: Iterable[int] | None = None) -> list[Generation]:
+        """Stop sequences (all when None) and return them with the tokens they have, finish "aborted"."""
+        ...
+
+    def load_weights(self, version: int, weights: Mapping[str, "torch.Tensor"]) -> None:
+        """Replace the weights. Running sequences keep their tokens and have their prefix re-prefilled."""
+        ...
+
+    def offload(self) -> None:
+        """Give up device memory (KV cache dropped, weights to host). Only with no running sequence."""
+        ...
+
+    def onload(self) -> None:
+        """Take device memory again; the weights are those of before."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Device memory held now: weights and KV cache."""
+        ...
+
+
+class TrainingEngine(Protocol):
+    """One rank of a data-parallel trainer. Gradients accumulate as unnormalised sums and are divided once.
+
+    A step is: begin_step, then accumulate any number of times (a rank may get none), then finish_step on every rank.
+    The result does not depend on how the groups were split over calls, micro-batches or ranks.
+    """
+
+    def begin_step(self) -> None: ...
+
+    def accumulate(self, groups: Sequence[Group]) -> None:
+        """Forward and backward over the segments of complete groups, in micro-batches by token budget."""
+        ...
+
+    def finish_step(self) -> dict[str, float]:
+        """Reduce over ranks, divide by the global denominator, clip, update. Returns metrics, equal on all ranks."""
+        ...
+
+    def weights(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        """The parameters under Hugging Face names, on the host or the device, not to be changed."""
+        ...
+
+    def state(self) -> "dict[str, torch.Tensor]":
+        """All that a restart needs (parameters, optimizer moments, step counter) as a flat mapping."""
+        ...
+
+    def load_state(self, state: "Mapping[str, torch.Tensor]") -> None: ...
+
+    def offload(self) -> None: ...
+
+    def onload(self) -> None: ...
+
+    def memory_bytes(self) -> int: ...
+
+
+class Policy(Protocol):
+    """Turns an env's observation into engine input, and the engine's output into an Action (text policies)."""
+
+    def encode(self, history: Int32, observation: Any) -> Int32:
+        """Tokens that the new messages become after `history` (empty at the first turn). Never re-tokenizes history."""
+        ...
+
+    def decode(self, tokens: Int32) -> str:
+        """The text of sampled tokens, special tokens left out."""
+        ...
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]: ...

@@ -1,0 +1,120 @@
+"""The one data model for text and robots: actions, turns, segments, groups. numpy only, no torch.
+
+An episode is a list of turns: observation → action → reward. One-shot mathematics is one turn, an agent with tools
+several, a robot hundreds. A segment is a run of consecutive turns of one episode and may start and end in mid-episode.
+The work unit that is issued, trained and accounted for is the group: the segments of `group_size` episodes that
+started from the same seed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """The transform between the policy's distribution and the one that was sampled from."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    vocabulary: tuple[int, int] | None = None  # [first, last) token ids that may be sampled; None is all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """What the policy did in one turn.
+
+    For text, `prompt` are the tokens that the turn's new messages became, and `tokens` what was sampled after them:
+    the model's whole context is the concatenation of prompt and tokens of every turn so far, and is never tokenized
+    again. For robots `tokens` are the action tokens of the chunk, or empty where actions are continuous.
+
+    prompt: int32 [prompt_tokens]      tokens: int32 [tokens]
+    logprobs: float32 [tokens], under the sampled-from distribution   versions: int32 [tokens], the policy version
+    mask: bool [tokens], False where a token or step is invalid and carries no loss
+    value: the critic's estimate at the observation, if there is a critic
+    recompute: tensors that belong to the policy (a VLA's exact inputs, denoising states); nobody else reads them
+    """
+
+    prompt: Int32
+    tokens: Int32
+    logprobs: Float32
+    versions: Int32
+    mask: Bool
+    text: str = ""
+    finish: str = "stop"  # "stop", "length"
+    sampling: Sampling = field(default_factory=Sampling)
+    value: float | None = None
+    recompute: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One observation (as its record: text, or None where too large to keep), the action, and its reward."""
+
+    observation: Any
+    action: Action
+    reward: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Consecutive turns of one episode. `bootstrap`: the observation after the last turn where it was truncated."""
+
+    sample: int  # index within the group
+    turns: tuple[Turn, ...]
+    first_turn: int = 0
+    terminated: bool = True
+    truncated: bool = False
+    bootstrap: Any = None
+    info: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def episode_return(self) -> float:
+        """Sum of the rewards of the segment's turns, undiscounted."""
+        return float(sum(turn.reward for turn in self.turns))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the policy sampled in this segment."""
+        return sum(len(turn.action.tokens) for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The work unit: the segments of episodes that started from one seed.
+
+    group: index in the job, counted from 0    attempt: how often this index was issued before (0 at first)
+    run_attempt: how often the job had been rolled back when it was issued
+    """
+
+    group: int
+    attempt: int
+    run_attempt: int
+    seed: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def rewards(self) -> Float32:
+        """float32 [segments]"""
+        return np.array([segment.episode_return for segment in self.segments], dtype=np.float32)
+
+    @property
+    def min_version(self) -> int:
+        """The oldest policy version that sampled any token of the group."""
+        return min(
+            int(turn.action.versions.min())
+            for segment in self.segments
+            for turn in segment.turns
+            if turn.action.versions.size
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the policy sampled in this group."""
+        return sum(segment.num_tokens for segment in self.segments)

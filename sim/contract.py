@@ -1,0 +1,65 @@
+"""The contract between an env actor and whatever episodes come from: a text task, a tool sandbox, a simulator.
+
+An environment hosts up to `num_slots` episodes at once; a slot is an index in `range(num_slots)`. Calls are
+synchronous and batched over slots, run in the env actor's worker thread, and never touch the network or the policy.
+
+    observations = env.reset(slots, seeds)          # starts an episode in each slot
+    results = env.step(slots, actions)              # one StepResult per slot, in the order given
+
+* Same seed, same first observation, and with the same actions the same trajectory, whatever the slot and
+  whatever else runs beside it. Members of one group are reset with one seed.
+* `terminated`: the episode ended by its own rules; its value after this step is zero.
+  `truncated`: it was cut (step limit); bootstrapping needs `observation`, the true last one. Never both.
+* There is no autoreset: a slot whose episode ended takes no `step` until it is reset.
+* What is returned is never changed later by the environment (no aliasing of buffers).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """One message of a conversation. role: "system", "user", "assistant" or "tool"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextObservation:
+    """What a text task shows a policy: the messages that are new since the policy's last turn."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step of one episode gave.
+
+    observation: what the policy sees next; also given at the end of an episode (the true last observation).
+    info: numbers and short strings for logs, such as {"correct": 1.0, "answer": "12"}.
+    """
+
+    observation: Any
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: Mapping[str, float | str] = field(default_factory=dict)
+
+
+class Environment(Protocol):
+    """Hosts episodes in slots; see the module docstring for the rules."""
+
+    def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> list[Any]:
+        """Start an episode in each slot. seeds: [n] integers in [0, 2**63). Returns n observations."""
+        ...
+
+    def step(self, slots: Sequence[int], actions: Sequence[Any]) -> list[StepResult]:
+        """Apply one action per slot: text (str) for text tasks, arrays for robots. Returns n results."""
+        ...
+
+    def close(self) -> None:
+        """Free what the environment holds. Called once; no call follows."""
+        ...
