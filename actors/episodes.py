@@ -23,7 +23,9 @@ class Sampling:
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 keeps all
-    vocabulary: tuple[int, int] | None = None  # [first, last) token ids that may be sampled; None is all
+    vocabulary: tuple[int, int] | None = (
+        None  # [first, last) token ids that may be sampled; None is all
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,9 @@ class GenerationRequest:
     sampled: Int32 = field(default_factory=_no_tokens)
     sampled_logprobs: Float32 = field(default_factory=_no_logprobs)
     sampled_versions: Int32 = field(default_factory=_no_tokens)
-    batch: int | None = None  # requests with the same number run as one fixed batch (deterministic mode)
+    batch: int | None = (
+        None  # requests with the same number run as one fixed batch (deterministic mode)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

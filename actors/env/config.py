@@ -1,0 +1,24 @@
+"""The [env] section of a job: what episodes come from, and how many env actors host them."""
+
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from actors.config import Section
+
+
+class EnvConfig(Section, frozen=True, kw_only=True):
+    """Env actors: each hosts a simulator or text task and plays whole groups of episodes."""
+
+    task: str
+    """A registered task ("arithmetic", "gsm8k", "guess_number") or an import path "module:Class"."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the task."""
+    actors: Annotated[int, Meta(ge=1)] = 2
+    """Env actor processes."""
+    groups_per_actor: Annotated[int, Meta(ge=1)] = 16
+    """Groups that one env actor plays at the same time."""
+    max_turns: Annotated[int, Meta(ge=1)] = 1
+    """Turns after which an episode is truncated, unless the task ends it before."""
+    python: str | None = None
+    """Another interpreter for this stage; None is flowd's own."""

@@ -1,0 +1,26 @@
+"""A whole job file as one typed value; every actor of the job gets it. Torch-free."""
+
+from msgspec import field
+
+from actors.algorithms.config import AlgorithmConfig
+from actors.conductor.config import GuardsConfig, JobSection, MetricsConfig
+from actors.config import Section
+from actors.env.config import EnvConfig
+from actors.models.config import ModelConfig
+from actors.rollout.config import RolloutConfig
+from actors.trainer.config import CheckpointConfig, TrainerConfig, WarmupConfig
+
+
+class JobConfig(Section, frozen=True, kw_only=True):
+    """The resolved job.toml."""
+
+    job: JobSection
+    env: EnvConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -1,0 +1,52 @@
+"""The [trainer], [checkpoint] and [warmup] sections of a job."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from actors.config import Section
+
+
+class TrainerConfig(Section, frozen=True, kw_only=True):
+    """The trainer: one replica of as many ranks as it has devices."""
+
+    devices: Annotated[int, Meta(ge=1)] = 1
+    """Devices of the stage: data-parallel ranks."""
+    learning_rate: Annotated[float, Meta(gt=0)] = 1e-6
+    """Adam's step size after warm-up of the schedule."""
+    lr_warmup_steps: Annotated[int, Meta(ge=0)] = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    """Decoupled weight decay (AdamW)."""
+    max_grad_norm: Annotated[float, Meta(gt=0)] = 1.0
+    """Global gradient norm above which the gradient is scaled down."""
+    micro_batch_tokens: Annotated[int, Meta(ge=1)] = 16384
+    """Tokens (prompt and sampled) of one forward and backward pass; a longer sequence runs alone."""
+    dtype: str = "float32"
+    """Compute: "float32", or "bfloat16" with float32 master weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    python: str | None = None
+    """Another interpreter for this stage; None is flowd's own."""
+
+
+class CheckpointConfig(Section, frozen=True, kw_only=True):
+    """When the job commits."""
+
+    every_steps: Annotated[int, Meta(ge=1)] = 1
+    """Steps between two commits; a crash takes the job back to the last one."""
+    keep: Annotated[int, Meta(ge=1)] = 2
+    """Commits that stay on disk."""
+
+
+class WarmupConfig(Section, frozen=True, kw_only=True):
+    """A short supervised phase before reinforcement, on the task's own worked examples. The result is cached."""
+
+    steps: Annotated[int, Meta(ge=0)] = 0
+    """Updates; 0 leaves the phase out."""
+    batch_size: Annotated[int, Meta(ge=1)] = 128
+    """Examples per update."""
+    learning_rate: Annotated[float, Meta(gt=0)] = 3e-3
+    """Adam's peak step size (linear decay to a tenth)."""
