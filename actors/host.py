@@ -1,0 +1,215 @@
+"""What surrounds an actor in its process or loop: the conversation with flowd, heartbeats, the end.
+
+The host owns the actor's tasks. It ends in one of four ways: flowd said `Stop` or the actor's `run` returned (exit
+code 0), the actor raised (1, flowd is told the traceback first), or no flowd was heard for `orphan_grace_s` (3).
+"""
+
+import asyncio
+import logging
+import os
+import time
+import traceback
+from typing import Any
+
+from actors.actor import Actor
+from actors.lease import Lease
+from actors.registry import actor_class
+from channels.channel import ChannelRouter
+from channels.endpoint import Endpoint
+from channels.errors import ChannelError
+from channels.lifecycle import (
+    FLOWD,
+    ActorSpec,
+    Failed,
+    Forget,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Introduce,
+    LeaseBusy,
+    LeaseGranted,
+    LeaseIdle,
+    LeaseReleased,
+    LeaseRevoked,
+    LeaseWanted,
+    Ready,
+    Stop,
+    Welcome,
+)
+from channels.messages import Message
+
+EXIT_DONE = 0
+EXIT_RAISED = 1
+EXIT_ORPHANED = 3
+
+log = logging.getLogger(__name__)
+
+
+class ActorHost:
+    """Runs one actor on an endpoint. inline: shares loop and process with the others, so it sends no heartbeats."""
+
+    def __init__(self, spec: ActorSpec, endpoint: Endpoint, *, inline: bool = False) -> None:
+        self.spec = spec
+        self.endpoint = endpoint
+        self.inline = inline
+        self.ready = False
+        self.actor: Actor | None = None
+        self._router = ChannelRouter(endpoint)
+        self._router.on_message = self._on_message
+        self._early: list[tuple[str, Message, Any]] = []
+        self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+        self._incarnation = ""
+        self._heartbeat_s = 1.0
+        self._heard = time.monotonic()
+        self.lease = self._make_lease()
+
+    def _make_lease(self) -> Lease:
+        job, actor = self.spec.job, self.spec.actor
+
+        async def park(offload: bool) -> int:
+            return 0 if self.actor is None else await self.actor.park(offload)
+
+        return Lease(
+            devices=self.spec.devices,
+            memory_limit=self.spec.device_memory_bytes,
+            send_wanted=lambda: self._tell(LeaseWanted(actor=actor, job=job)),
+            send_idle=lambda epoch: self._tell(LeaseIdle(actor=actor, job=job, lease_epoch=epoch)),
+            send_busy=lambda epoch: self._tell(LeaseBusy(actor=actor, job=job, lease_epoch=epoch)),
+            send_released=lambda epoch, left: self._tell(
+                LeaseReleased(actor=actor, job=job, lease_epoch=epoch, memory_bytes=left)
+            ),
+            park=park,
+        )
+
+    def stop(self, reason: str, deadline_s: float = 5.0) -> None:
+        """Ask the actor to leave, as a `Stop` from flowd would."""
+        if not self._stop.done():
+            self._stop.set_result(Stop(reason=reason, deadline_s=deadline_s))
+
+    async def main(self) -> int:
+        """Live; returns the exit code."""
+        self.endpoint.connect(FLOWD, self.spec.flowd_address)
+        self._hello()
+        beats = None if self.inline else asyncio.create_task(self._beat(), name="heartbeat")
+        life = asyncio.create_task(self._live(), name=self.spec.actor)
+        waiting: set[asyncio.Future[Any]] = {life, self._stop}
+        if beats is not None:
+            waiting.add(beats)
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if life.done():
+                return self._result_of(life)
+            if self._stop.done():
+                return await self._leave(life, self._stop.result())
+            log.error("orphaned: no flowd for %s s; leaving", self.spec.orphan_grace_s)
+            await self._leave(life, Stop(reason="orphaned", deadline_s=3.0))
+            return EXIT_ORPHANED
+        finally:
+            for task in (life, beats):
+                if task is not None and not task.done():
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+            if self.actor is not None:
+                self.actor.close()
+
+    async def _live(self) -> None:
+        cls = actor_class(self.spec.kind)
+        self.actor = cls(self.spec, self.endpoint, self._router, self.lease, inline=self.inline)
+        early, self._early = self._early, []
+        for sender, message, payload in early:
+            self._on_message(sender, message, payload)
+        await self.actor.setup()
+        self.ready = True
+        self._tell(Ready(actor=self.spec.actor, job=self.spec.job, epoch=self.spec.epoch))
+        await self.actor.run()
+
+    def _result_of(self, life: "asyncio.Task[None]") -> int:
+        error = life.exception()
+        if error is None:
+            return EXIT_DONE
+        text = "".join(traceback.format_exception(error))
+        log.error("actor=%s raised\n%s", self.spec.actor, text)
+        line = traceback.format_exception_only(error)[-1].strip()
+        self._tell(
+            Failed(
+                actor=self.spec.actor,
+                job=self.spec.job,
+                epoch=self.spec.epoch,
+                error=line,
+                traceback=text,
+                during_setup=not self.ready,
+            )
+        )
+        return EXIT_RAISED
+
+    async def _leave(self, life: "asyncio.Task[None]", stop: Stop) -> int:
+        log.info("leaving actor=%s reason=%s", self.spec.actor, stop.reason)
+        life.cancel()
+        await asyncio.gather(life, return_exceptions=True)
+        if self.actor is not None:
+            try:
+                async with asyncio.timeout(stop.deadline_s):
+                    await self.actor.leave()
+            except TimeoutError:
+                log.warning("actor=%s did not hand back in %s s", self.spec.actor, stop.deadline_s)
+        return EXIT_DONE
+
+    async def _beat(self) -> None:
+        """Beat until no flowd was heard for the grace."""
+        while time.monotonic() - self._heard < self.spec.orphan_grace_s:
+            report = self.actor.report() if self.actor is not None else {}
+            if self.actor is not None:
+                self.actor.spans.flush()
+            self._tell(
+                Heartbeat(
+                    actor=self.spec.actor, job=self.spec.job, epoch=self.spec.epoch, report=report
+                )
+            )
+            await asyncio.sleep(self._heartbeat_s)
+
+    def _hello(self) -> None:
+        self._tell(
+            Hello(
+                actor=self.spec.actor,
+                job=self.spec.job,
+                epoch=self.spec.epoch,
+                pid=os.getpid(),
+                address=self.endpoint.address,
+                ready=self.ready,
+                holding=self.lease.held,
+                lease_epoch=self.lease.epoch,
+            )
+        )
+
+    def _tell(self, message: Message) -> None:
+        try:
+            self.endpoint.send(FLOWD, message)
+        except ChannelError as error:
+            log.warning("flowd was not told %s: %s", type(message).__name__, error)
+
+    def _on_message(self, sender: str, message: Message, payload: Any) -> None:
+        if sender == FLOWD:
+            self._heard = time.monotonic()
+        match message:
+            case HeartbeatReply():
+                pass
+            case Welcome():
+                self._heartbeat_s = message.heartbeat_s
+                if message.incarnation != self._incarnation:
+                    if self._incarnation:
+                        self._hello()
+                    self._incarnation = message.incarnation
+            case Stop():
+                self.stop(message.reason, message.deadline_s)
+            case LeaseGranted():
+                self.lease.granted(message.lease_epoch, message.shared)
+            case LeaseRevoked():
+                self.lease.revoked(message.lease_epoch, message.offload)
+            case _ if self.actor is None:
+                self._early.append((sender, message, payload))
+            case Introduce():
+                self.actor.introduced(message)
+            case Forget():
+                self.actor.forgotten(message.peer, message.epoch)
+            case _:
+                self.actor.on_message(sender, message, payload)

@@ -1,0 +1,150 @@
+"""An actor's side of its device lease: may I compute, does somebody wait, and the accounting of device memory.
+
+    async with lease:            # waits until the lease is held
+        await blocking(step)     # a micro-batch; checks that the lease is held
+
+The section is short (one micro-batch). A revocation that arrives inside takes effect when the section ends; outside,
+at once: the owner's `park` is called, then the release is acknowledged. `lease.idle()` says that there is nothing to
+compute, which makes a shared lease revocable.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+from actors.errors import DeviceMemoryExceeded, LeaseViolation
+
+
+class Lease:
+    """The lease of one actor on its replica's devices.
+
+    send_wanted, send_idle, send_busy, send_released: tell flowd; park(offload) frees the device.
+    An actor without devices (env, conductor) never waits: see `Lease.unbound`.
+    """
+
+    def __init__(
+        self,
+        *,
+        devices: tuple[str, ...],
+        memory_limit: int | None,
+        send_wanted: Callable[[], None],
+        send_idle: Callable[[int], None],
+        send_busy: Callable[[int], None],
+        send_released: Callable[[int, int], None],
+        park: Callable[[bool], Awaitable[int]],
+    ) -> None:
+        self.devices = devices
+        self.memory_limit = memory_limit
+        self.epoch = 0
+        self.shared = False
+        self._send_wanted = send_wanted
+        self._send_idle = send_idle
+        self._send_busy = send_busy
+        self._send_released = send_released
+        self._park = park
+        self._granted = asyncio.Event()
+        self._inside = 0
+        self._idle = False
+        self._wanted = False
+        self._revocation: tuple[int, bool] | None = None  # (epoch, offload)
+        self._parking: asyncio.Task[None] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether the devices may be computed on."""
+        return not self.devices or self._granted.is_set()
+
+    @property
+    def revoking(self) -> bool:
+        """Whether somebody waits for the devices; end the current section soon."""
+        return self._revocation is not None
+
+    async def __aenter__(self) -> "Lease":
+        while self.devices and (not self._granted.is_set() or self._revocation is not None):
+            if self._parking is not None:
+                await asyncio.shield(self._parking)
+                continue
+            if not self._wanted:
+                self._wanted = True
+                self._send_wanted()
+            await self._granted.wait()
+        if self._idle:
+            self._idle = False
+            if self.shared:
+                self._send_busy(self.epoch)
+        self._inside += 1
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._inside -= 1
+        self._park_if_asked()
+
+    def idle(self) -> None:
+        """There is nothing to compute: a shared lease may go to whoever waits for it."""
+        if self.devices and self._granted.is_set() and not self._idle:
+            self._idle = True
+            if self.shared:
+                self._send_idle(self.epoch)
+
+    def granted(self, epoch: int, shared: bool) -> None:
+        """flowd granted the lease under a new epoch."""
+        if epoch < self.epoch:
+            return
+        self.epoch = epoch
+        self.shared = shared
+        self._wanted = False
+        self._idle = False
+        self._revocation = None
+        self._granted.set()
+
+    def revoked(self, epoch: int, offload: bool) -> None:
+        """flowd wants the devices back; an epoch of the past is answered by nothing."""
+        if epoch != self.epoch or not self._granted.is_set():
+            return
+        self._revocation = (epoch, offload)
+        self._park_if_asked()
+
+    def check(self) -> None:
+        """Raise LeaseViolation unless the lease is held: called around every computation on a virtual device."""
+        if not self.held:
+            raise LeaseViolation(
+                f"computing on {', '.join(self.devices)} without holding its lease (epoch {self.epoch}): "
+                "enter `async with lease` first"
+            )
+
+    def check_memory(self, used_bytes: int) -> None:
+        """Raise DeviceMemoryExceeded when more is kept on the device than the lease allows."""
+        if self.memory_limit is not None and used_bytes > self.memory_limit:
+            raise DeviceMemoryExceeded(
+                f"{used_bytes / 2**20:.1f} MiB on {', '.join(self.devices)}, whose lease allows "
+                f"{self.memory_limit / 2**20:.1f} MiB: use a smaller model, rollout.max_running or "
+                "trainer.micro_batch_tokens, or give flowd larger devices (--devices cpu:4@2GiB)"
+            )
+
+    def _park_if_asked(self) -> None:
+        if self._revocation is None or self._inside or self._parking is not None:
+            return
+        self._parking = asyncio.get_running_loop().create_task(self._give_up(), name="lease-park")
+        self._parking.add_done_callback(self._parked)
+
+    async def _give_up(self) -> None:
+        assert self._revocation is not None
+        epoch, offload = self._revocation
+        left = await self._park(offload)
+        self._granted.clear()
+        self._revocation = None
+        self._idle = False
+        self._send_released(epoch, left)
+
+    def _parked(self, task: "asyncio.Task[None]") -> None:
+        self._parking = None
+        if not task.cancelled() and task.exception() is not None:
+            # The device was not given up: flowd's deadline passes and the process is replaced.
+            task.get_loop().call_exception_handler(
+                {"message": "giving up the lease failed", "exception": task.exception()}
+            )

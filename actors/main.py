@@ -1,0 +1,41 @@
+"""The entry of an actor process: decode the spec, open the mailbox, live, leave with an exit code."""
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+
+import msgspec
+
+from actors.host import ActorHost
+from channels.endpoint import ZmqEndpoint
+from channels.lifecycle import ActorSpec
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def run(argument: bytes) -> int:
+    """Called in the fresh process with the MessagePack of an ActorSpec; returns the process's exit code."""
+    spec = msgspec.msgpack.decode(argument, type=ActorSpec)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
+    if spec.kind in ("rollout", "trainer"):
+        import torch
+
+        torch.set_num_threads(spec.threads)
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_main(spec))
+
+
+async def _main(spec: ActorSpec) -> int:
+    address = f"ipc://{Path(spec.socket_dir) / f'{spec.actor}.{spec.epoch}'}"
+    endpoint = ZmqEndpoint(spec.peer, address)
+    host = ActorHost(spec, endpoint)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, host.stop, signal.Signals(number).name)
+    try:
+        return await host.main()
+    finally:
+        endpoint.close()

@@ -1,0 +1,110 @@
+"""Messages between the actors of a job beside its channels: the policy clock, admission to steps, ranks.
+
+Channels of a job (names and payloads):
+    "tickets"   conductor → env       Ticket as a dict; acknowledged when the trainer has the group
+    "requests"  env → rollout         the turn of a group: see actors/env/actor.py; acknowledged with the actions
+    "groups"    env → trainer         a Group; acknowledged when the trainer holds it
+"""
+
+from typing import Any
+
+from channels.messages import Message
+
+
+class TrainerReady(Message, frozen=True, tag="trainer_ready"):
+    """Trainer to conductor: weights stand at this step; sent once per trainer process, and per new conductor."""
+
+    epoch: int
+    step: int
+    run_attempt: int  # of the commit that was loaded
+
+
+class BeginRun(Message, frozen=True, tag="begin_run"):
+    """Conductor to trainer: publish your weights as this run attempt's version `step` and take groups."""
+
+    run_attempt: int
+    step: int
+
+
+class PolicyPublished(Message, frozen=True, tag="policy_published"):
+    """Trainer to conductor, conductor to rollouts: a version can be loaded. In order; late joiners get the newest."""
+
+    run_attempt: int
+    policy_version: int
+    path: str
+    size_bytes: int
+
+
+class GroupReceived(Message, frozen=True, tag="group_received"):
+    """Trainer to conductor: a finished group is here; admit it or have it dropped."""
+
+    group: int
+    attempt: int
+    run_attempt: int
+    min_version: int
+    max_version: int
+    tokens: int
+    rewards: list[float]
+    info: dict[str, float]
+
+
+class Admit(Message, frozen=True, tag="admit"):
+    """Conductor to trainer: train this group in this step. `last`: the step's batch is complete with it."""
+
+    group: int
+    attempt: int
+    step: int
+    order: int  # position in the step
+    last: bool
+    commit: bool  # commit after this step
+
+
+class Drop(Message, frozen=True, tag="drop"):
+    """Conductor to trainer: forget this group (a duplicate, or from before a rollback)."""
+
+    group: int
+    attempt: int
+
+
+class StepDone(Message, frozen=True, tag="step_done"):
+    """Trainer to conductor: the step was taken, its weights were published; metrics of the update."""
+
+    run_attempt: int
+    step: int
+    policy_version: int
+    metrics: dict[str, float]
+
+
+class Committed(Message, frozen=True, tag="committed"):
+    """Trainer to conductor: the manifest of this step is visible."""
+
+    run_attempt: int
+    step: int
+    policy_version: int
+
+
+class CommitAndPause(Message, frozen=True, tag="commit_and_pause"):
+    """Conductor to trainer: commit what you have at this step boundary and take no further step."""
+
+
+class CancelRun(Message, frozen=True, tag="cancel_run"):
+    """Conductor to env: groups of earlier run attempts are void; stop playing them."""
+
+    run_attempt: int
+
+
+class RankCommand(Message, frozen=True, tag="rank_command"):
+    """Leader to the other ranks of a trainer: "begin", "accumulate" (payload: groups), "finish"."""
+
+    command: str
+    run_attempt: int
+    step: int
+
+
+class RankReply(Message, frozen=True, tag="rank_reply"):
+    """Rank to its leader: the command was carried out."""
+
+    rank: int
+    command: str
+    step: int
+    data: dict[str, Any] = {}
