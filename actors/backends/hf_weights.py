@@ -1,0 +1,97 @@
+"""The weights of a transformers model in place: replacing them by name, moving them between device
+and host.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ModelWeights:
+    """The parameters of a model that lives on `device` while it is resident."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self.resident = True
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy every parameter from `weights` by its Hugging Face name, tied ones once, under any
+        of their names.
+
+        Raises ValueError that names what is missing, unexpected, given twice or of another shape;
+        nothing is copied then. Other dtypes are converted.
+        """
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        canonical: dict[int, str] = {}  # a tied parameter goes by the first of its names
+        for name, parameter in parameters.items():
+            canonical.setdefault(id(parameter), name)
+        given: dict[str, str] = {}
+        problems = []
+        for name, tensor in weights.items():
+            if name not in parameters:
+                problems.append(f"{name} is no parameter of the model")
+                continue
+            parameter = parameters[name]
+            first = given.setdefault(canonical[id(parameter)], name)
+            if first != name:
+                problems.append(f"{name} is tied to {first}, which is given too")
+            if tensor.shape != parameter.shape:
+                problems.append(
+                    f"{name} has shape {list(tensor.shape)} where the model has "
+                    f"{list(parameter.shape)}"
+                )
+        missing = [name for name in canonical.values() if name not in given]
+        problems += [f"{name} is missing" for name in missing]
+        if problems:
+            listed = "; ".join(problems[:8])
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ValueError(
+                f"weights do not fit {type(self._model).__name__}: {listed}{more}. "
+                "Send every parameter once under its Hugging Face name, from the same model config"
+            )
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                parameters[name].data.copy_(tensor, non_blocking=True)
+        if self._device.type == "cuda":
+            # The caller may reuse its host tensors as soon as this returns.
+            torch.cuda.synchronize(self._device)
+
+    def offload(self) -> None:
+        """Move a GPU's weights to the host. On CPU they stay, for device and host are one."""
+        self.resident = False
+        if self._device.type == "cpu":
+            return
+        for tensor in self._tensors():
+            tensor.data = _to_host(tensor.data)
+        torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        """Move the weights back to the device."""
+        if self._device.type != "cpu":
+            for tensor in self._tensors():
+                tensor.data = tensor.data.to(self._device, non_blocking=True)
+            torch.cuda.synchronize(self._device)
+        self.resident = True
+
+    def memory_bytes(self) -> int:
+        """Bytes of weights on the device; tied ones count once."""
+        return sum(t.nbytes for t in self._tensors() if t.device.type == self._device.type)
+
+    def _tensors(self) -> list[Tensor]:
+        """Parameters and buffers, each once."""
+        return [*self._model.parameters(), *self._model.buffers()]
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A host copy, in pinned memory where the host has room for it: that makes coming back several
+    times faster.
+    """
+    try:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype)
+    host.copy_(tensor)
+    return host
