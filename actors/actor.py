@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,27 +31,39 @@ from channels.messages import Message
 T = TypeVar("T")
 
 
-@dataclass
 class TimeShares:
-    """Seconds of an actor's life by what it did: "work", or "wait_<what>"; the rest is "other"."""
+    """How an actor's life divides: it is in one state at a time, "work" or "wait_<what>"."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    waits_for: str = ""
-    started: float = field(default_factory=time.monotonic)
+    def __init__(self, state: str) -> None:
+        self.state = state
+        self._since = time.monotonic()
+        self._seconds: dict[str, float] = {}
 
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+    def enter(self, state: str) -> None:
+        """Count the time since the last change for the state that ends now."""
+        now = time.monotonic()
+        self._seconds[self.state] = self._seconds.get(self.state, 0.0) + now - self._since
+        self.state, self._since = state, now
 
     @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Count the block's seconds under `name`; a name that starts with "wait_" shows as what is waited for."""
-        begin = time.monotonic()
-        before, self.waits_for = self.waits_for, name[5:] if name.startswith("wait_") else ""
+    def measure(self, state: str) -> Iterator[None]:
+        """Be in `state` for the block, then again in the state of before."""
+        before = self.state
+        self.enter(state)
         try:
             yield
         finally:
-            self.waits_for = before
-            self.add(name, time.monotonic() - begin)
+            self.enter(before)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by state, up to now."""
+        self.enter(self.state)
+        return {state: round(value, 4) for state, value in self._seconds.items()}
+
+    @property
+    def waits_for(self) -> str:
+        """What is waited for; empty while working."""
+        return self.state.removeprefix("wait_") if self.state.startswith("wait_") else ""
 
 
 class Actor:
@@ -75,7 +86,7 @@ class Actor:
         self.inline = inline
         self.run_dir = Path(spec.run_dir)
         self.log = logging.getLogger(f"{spec.job}.{spec.actor}")
-        self.time = TimeShares()
+        self.time = TimeShares("setup")
         self.counters: dict[str, float] = {}
         self.spans = SpanWriter(self.run_dir / "spans.jsonl", spec.actor)
         self.peers: dict[str, Introduce] = {}
@@ -132,8 +143,7 @@ class Actor:
     def report(self) -> dict[str, Any]:
         """What a heartbeat tells: time shares, counters, and what is waited for."""
         return {
-            "time": {name: round(value, 3) for name, value in self.time.seconds.items()},
-            "alive_s": round(time.monotonic() - self.time.started, 3),
+            "time": self.time.seconds(),
             "waits_for": self.time.waits_for,
             "counters": self.counters,
         }

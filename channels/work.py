@@ -87,10 +87,6 @@ class CommitAndPause(Message, frozen=True, tag="commit_and_pause"):
     """Conductor to trainer: commit what you have at this step boundary and take no further step."""
 
 
-class CancelRun(Message, frozen=True, tag="cancel_run"):
-    """Conductor to env: groups of earlier run attempts are void; stop playing them."""
-
-    run_attempt: int
 
 
 class RankCommand(Message, frozen=True, tag="rank_command"):
@@ -108,3 +104,9 @@ class RankReply(Message, frozen=True, tag="rank_reply"):
     command: str
     step: int
     data: dict[str, Any] = {}
+
+
+class StageTimes(Message, frozen=True, tag="stage_times"):
+    """Env and rollout actors to conductor, once a step: seconds of their life so far, by what they did."""
+
+    seconds: dict[str, float]

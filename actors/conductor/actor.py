@@ -1,0 +1,370 @@
+"""The conductor: one per job. Owns what is issued, the policy clock and the ledger; touches no tensor.
+
+It tells env actors which groups to play, admits finished groups to steps, passes new policy versions on to rollout
+actors, and keeps the ledger in line with the trainer's commits. A trainer that comes back after a crash takes the job
+back to its last commit: a new run attempt begins, and whatever the commit does not contain is issued again.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from actors.actor import Actor
+from actors.conductor.guards import Guards
+from actors.conductor.issuing import Issue, Issuer
+from actors.conductor.ledger import Ledger
+from actors.conductor.manifest import newest_manifest
+from actors.conductor.metrics import MetricsWriter
+from actors.randomness import fold
+from channels.lifecycle import FLOWD, HandedOver, HandOver, Introduce, JobFinished
+from channels.messages import Message
+from channels.work import (
+    Admit,
+    BeginRun,
+    CommitAndPause,
+    Committed,
+    Drop,
+    GroupReceived,
+    PolicyPublished,
+    StageTimes,
+    StepDone,
+    TrainerReady,
+)
+
+SEED_OF_GROUP = 1  # purpose of the key that makes a group's seed
+
+
+class ConductorActor(Actor):
+    """See the module docstring. Everything it decides is in `issuing` and `guards`."""
+
+    async def setup(self) -> None:
+        """Open the ledger and bring it in line with the newest manifest."""
+        config = self.config.job
+        self.issuer = Issuer(
+            groups_per_step=config.groups_per_step,
+            max_staleness=config.max_staleness,
+            steps=config.steps,
+        )
+        self.tickets = self.router.producer(
+            "tickets",
+            bound=config.groups_per_step * (config.max_staleness + 1),
+            epoch=self.spec.epoch,
+        )
+        self.guards = Guards(self.config.guards)
+        self.ledger = Ledger(self.run_dir / "ledger.sqlite")
+        self.metrics = await self.blocking(
+            MetricsWriter, self.run_dir, tensorboard=self.config.metrics.tensorboard
+        )
+        self.trainer: Introduce | None = None
+        self.newest: PolicyPublished | None = None
+        self.run_attempt = -1  # the first BeginRun makes it 0, or one more than the ledger knows
+        self.received: dict[int, GroupReceived] = {}
+        self.rewards: list[float] = []  # mean reward of each step, for stop_reward
+        self.ended: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+        self.finishing: tuple[str, str] | None = None  # waits for the last commit
+        self.handing_over: str | None = None
+        self.progress = asyncio.Event()
+        self.step_began = time.monotonic()
+        self.stage_seconds: dict[str, dict[str, float]] = {}  # actor → cumulative seconds by name
+        self.stage_seen: dict[str, dict[str, float]] = {}
+        self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Work through messages in the order they came, until the job is over."""
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(self._watch_progress())
+            work = tasks.create_task(self._work())
+            state, reason = await self.ended
+            watch.cancel()
+            work.cancel()
+        for group in self.issuer.unfinished:
+            self.ledger.discard_current(group, "cancelled")
+        self.endpoint.send(
+            FLOWD, JobFinished(job=self.spec.job, state=state, reason=reason)
+        )
+
+    async def leave(self) -> None:
+        """Nothing is in flight here that the ledger does not know."""
+        self.metrics.close()
+        self.ledger.close()
+
+    def on_peer(self, peer: Introduce) -> None:
+        """Env actors take tickets; a late rollout actor gets the newest weights; a trainer says where it stands."""
+        if peer.kind == "env":
+            self.tickets.add_consumer(peer.peer)
+        elif peer.kind == "rollout" and self.newest is not None:
+            self.endpoint.send(peer.peer, self.newest)
+        elif peer.kind == "trainer" and peer.rank == 0:
+            self.trainer = peer
+
+    def on_peer_lost(self, peer: Introduce) -> None:
+        """Tickets of a dead env actor go to another; a dead trainer's groups wait for its successor."""
+        if peer.kind == "env":
+            self.tickets.remove_consumer(peer.peer)
+        elif self.trainer is not None and peer.peer == self.trainer.peer:
+            self.trainer = None
+
+    def on_message(self, sender: str, message: Message, payload: Any) -> None:
+        """Queue: the ledger is written off the loop, and order matters."""
+        self.inbox.put_nowait((sender, message))
+
+    async def _work(self) -> None:
+        while True:
+            with self.time.measure("wait_groups"):
+                sender, message = await self.inbox.get()
+            match message:
+                case TrainerReady():
+                    await self._begin_run(message)
+                case PolicyPublished():
+                    await self._published(message)
+                case GroupReceived():
+                    self._group_received(message)
+                case StepDone():
+                    await self._step_done(message)
+                case Committed():
+                    self._committed(message)
+                case StageTimes():
+                    self.stage_seconds[sender] = message.seconds
+                case HandOver():
+                    self.handing_over = message.replica
+                    if self.finishing is None and not self.issuer.has_arrived(self.issuer.version):
+                        self._pause_trainer()
+
+    async def _begin_run(self, ready: TrainerReady) -> None:
+        """A trainer stands at a commit: go on from there."""
+        manifest = newest_manifest(self.run_dir)
+        # The trainer has just loaded that commit; another step would mean that two trainers write here.
+        assert manifest is not None and manifest.step == ready.step
+        begun_before = self.run_attempt >= 0
+        self.run_attempt = max(self.run_attempt, self.ledger.last_run_attempt()) + 1
+        rolled_back = self.ledger.reconcile(manifest, self.run_attempt)
+        self.received.clear()
+        self.tickets.cancel(lambda payload: True)
+        self.issuer.restore(ready.step, self.ledger.next_group(), self.ledger.open_groups())
+        if begun_before or rolled_back:
+            self.event(
+                "rollback",
+                step=ready.step,
+                attempt=self.run_attempt,
+                groups=len(rolled_back),
+                reason=(
+                    f"the trainer starts from the commit of step {ready.step}; "
+                    f"{len(rolled_back)} groups that it does not contain are played again"
+                ),
+            )
+        self.handing_over = None
+        self.newest = None
+        if ready.step >= self.config.job.steps:
+            self._end("done", f"all {self.config.job.steps} steps were already trained")
+            return
+        self._tell_trainer(BeginRun(run_attempt=self.run_attempt, step=ready.step))
+        self.step_began = time.monotonic()
+        self.progress.set()
+
+    async def _published(self, message: PolicyPublished) -> None:
+        if message.run_attempt != self.run_attempt:
+            return
+        first = self.newest is None
+        self.newest = message
+        for rollout in self.peers_of("rollout"):
+            self.endpoint.send(rollout.peer, message)
+        if first:
+            await self._issue()
+
+    async def _issue(self) -> None:
+        """Issue what the policy clock allows."""
+        if self.finishing is not None or self.handing_over is not None:
+            return
+        issues = self.issuer.due()
+        if not issues:
+            return
+        attempts = self.ledger.issue_many(
+            [(issue.group, self._seed(issue.group)) for issue in issues], self.run_attempt
+        )
+        for issue, attempt in zip(issues, attempts, strict=True):
+            await self.tickets.put(self._ticket(issue, attempt), priority=-issue.step)
+
+    def _seed(self, group: int) -> int:
+        return fold(self.config.job.seed, SEED_OF_GROUP, group) >> 1
+
+    def _ticket(self, issue: Issue, attempt: int) -> dict[str, Any]:
+        # Deterministic jobs sample with one exact version: the oldest one that the bound allows.
+        exact = self.config.job.deterministic or self.config.rollout.adopt == "group"
+        version = issue.version
+        if self.config.job.deterministic:
+            version = max(0, issue.step - self.config.job.max_staleness)
+        return {
+            "group": issue.group,
+            "attempt": attempt,
+            "run_attempt": self.run_attempt,
+            "seed": self._seed(issue.group),
+            "step": issue.step,
+            "version": version,
+            "exact": exact,
+            "group_size": self.config.rollout.group_size,
+        }
+
+    def _group_received(self, message: GroupReceived) -> None:
+        step = None
+        if message.run_attempt == self.run_attempt and self.ledger.complete(
+            message.group,
+            message.attempt,
+            min_version=message.min_version,
+            max_version=message.max_version,
+            reward=sum(message.rewards) / max(len(message.rewards), 1),
+            tokens=message.tokens,
+        ):
+            step = self.issuer.complete(message.group)
+        if step is None:
+            self._tell_trainer(Drop(group=message.group, attempt=message.attempt))
+            return
+        self.received[message.group] = message
+        if not self.config.job.deterministic:
+            self._admit([message.group], step)
+        elif self.issuer.is_full(step):
+            groups = [group for group in self.received if self.issuer.seat(group) == step]
+            self._admit(sorted(groups), step)
+
+    def _admit(self, groups: list[int], step: int) -> None:
+        """Let the trainer have groups of a step; the last one closes the step."""
+        every = self.config.checkpoint.every_steps
+        commit = (step + 1) % every == 0
+        full = self.issuer.is_full(step)
+        for order, group in enumerate(groups):
+            self._tell_trainer(
+                Admit(
+                    group=group,
+                    attempt=self.received[group].attempt,
+                    step=step,
+                    order=order,
+                    last=full and group == groups[-1],
+                    commit=commit,
+                )
+            )
+
+    async def _step_done(self, message: StepDone) -> None:
+        if message.run_attempt != self.run_attempt:
+            return
+        groups = self.issuer.advance(message.policy_version)
+        received = [self.received.pop(group) for group in groups]
+        self.ledger.train(groups, message.step)
+        self.progress.set()
+        rewards = [reward for group in received for reward in group.rewards]
+        line = self._metrics_line(message, received, rewards)
+        self.rewards.append(line["reward_mean"])
+        await self.blocking(self.metrics.write, line)
+        self.event("step", **line)
+        stopped = self.guards.check(message.metrics, rewards)
+        if stopped is not None:
+            self._end("failed", stopped)
+            return
+        job = self.config.job
+        window = self.rewards[-job.stop_window :]
+        if self.issuer.version >= job.steps:
+            self._finish("done", f"all {job.steps} steps were trained")
+        elif (
+            job.stop_reward is not None
+            and len(window) == job.stop_window
+            and sum(window) / len(window) >= job.stop_reward
+        ):
+            self._finish(
+                "done",
+                f"mean reward of the last {job.stop_window} steps is {sum(window) / len(window):.3f}, "
+                f"stop_reward = {job.stop_reward}",
+            )
+        elif self.handing_over is not None:
+            self._pause_trainer()
+        else:
+            await self._issue()
+
+    def _metrics_line(
+        self, message: StepDone, received: list[GroupReceived], rewards: list[float]
+    ) -> dict[str, Any]:
+        now = time.monotonic()
+        seconds, self.step_began = now - self.step_began, now
+        tokens = sum(group.tokens for group in received)
+        lags = [message.step - group.min_version for group in received]
+        mean = sum(rewards) / max(len(rewards), 1)
+        variance = sum((reward - mean) ** 2 for reward in rewards) / max(len(rewards), 1)
+        line: dict[str, Any] = {
+            "step": message.step,
+            "policy_version": message.policy_version,
+            "attempt": self.run_attempt,
+            "time": round(time.time(), 3),
+            "reward_mean": round(mean, 6),
+            "reward_std": round(variance**0.5, 6),
+            "staleness_max": max(lags, default=0),
+            "staleness_mean": round(sum(lags) / max(len(lags), 1), 4),
+            "groups": len(received),
+            "group_ids": [group.group for group in received],
+            "samples": len(rewards),
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            "seconds": round(seconds, 4),
+        }
+        for key in sorted({key for group in received for key in group.info}):
+            values = [group.info[key] for group in received if key in group.info]
+            line[f"info_{key}"] = round(sum(values) / len(values), 6)
+        line.update(message.metrics)
+        line.update(self._stage_times())
+        return line
+
+    def _stage_times(self) -> dict[str, float]:
+        """Seconds since the last step, summed over the actors of a kind: "rollout_work_s", "env_wait_tickets_s", …"""
+        times: dict[str, float] = {}
+        for actor, seconds in self.stage_seconds.items():
+            peer = self.peers.get(actor)
+            kind = peer.kind if peer is not None else actor.rpartition("/")[2].partition("-")[0]
+            seen = self.stage_seen.get(actor, {})
+            for name, value in seconds.items():
+                key = f"{kind}_{name}_s"
+                times[key] = round(times.get(key, 0.0) + value - seen.get(name, 0.0), 4)
+            self.stage_seen[actor] = seconds
+        return times
+
+    def _committed(self, message: Committed) -> None:
+        if message.run_attempt != self.run_attempt:
+            return
+        self.ledger.commit(message.step, message.policy_version)
+        self.event("commit", step=message.step)
+        if self.finishing is not None and message.step == self.issuer.version:
+            self._end(*self.finishing)
+        elif self.handing_over is not None and message.step == self.issuer.version:
+            self.endpoint.send(
+                FLOWD, HandedOver(job=self.spec.job, replica=self.handing_over)
+            )
+
+    def _finish(self, state: str, reason: str) -> None:
+        """End the job once the trainer has committed where it stands."""
+        self.finishing = (state, reason)
+        self._pause_trainer()
+
+    def _pause_trainer(self) -> None:
+        self._tell_trainer(CommitAndPause())
+
+    def _end(self, state: str, reason: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result((state, reason))
+
+    def _tell_trainer(self, message: Message) -> None:
+        # Without a trainer there is nobody to tell: its successor starts from the last commit.
+        if self.trainer is not None:
+            self.endpoint.send(self.trainer.peer, message)
+
+    async def _watch_progress(self) -> None:
+        limit = self.config.guards.no_progress_s
+        if not limit:
+            return
+        await self.progress.wait()  # the trainer's warm-up is not counted
+        while True:
+            self.progress.clear()
+            try:
+                async with asyncio.timeout(limit):
+                    await self.progress.wait()
+            except TimeoutError:
+                self._end(
+                    "failed",
+                    f"no trainer step for {limit:g} s (guards.no_progress_s): "
+                    "`flowctl status` says what each actor waits for",
+                )
+                return

@@ -1,0 +1,220 @@
+"""The env actor: plays whole groups of episodes. It needs no torch and keeps nothing that cannot be made again.
+
+For every ticket it resets one slot per sample with the group's seed, then plays turn by turn: the observations go to a
+rollout actor together with the tokens of the history (opaque here), the actions come back, the environment steps. A
+turn's request is one item on the channel "requests":
+
+    {"group", "attempt", "run_attempt", "turn", "version", "exact",
+     "samples": [{"sample", "history": int32 [tokens so far], "observation"}]}
+
+and is acknowledged with a list of Action, None where the context has no room for another turn. The finished group goes to the
+trainer; when the trainer holds it the ticket is acknowledged.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import actors.wire  # noqa: F401  registers the payload types
+from actors.actor import Actor
+from actors.episodes import Action, Group, Int32, Segment, Turn
+from channels.channel import Item
+from channels.lifecycle import Introduce
+from channels.work import StageTimes
+from sim.contract import Environment
+from sim.registry import make
+
+
+@dataclass
+class Episode:
+    """One sample of a group while it is played."""
+
+    sample: int
+    slot: int
+    observation: Any
+    history: Int32 = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    turns: list[Turn] = field(default_factory=list)
+    info: dict[str, float | str] = field(default_factory=dict)
+    terminated: bool = False
+    truncated: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return self.terminated or self.truncated
+
+    def act(self, action: Action) -> None:
+        """Append the tokens of a turn to the history: exactly those the policy saw and sampled."""
+        self.history = np.concatenate([self.history, action.prompt, action.tokens])
+
+    def segment(self) -> Segment:
+        return Segment(
+            sample=self.sample,
+            turns=tuple(self.turns),
+            terminated=self.terminated,
+            truncated=self.truncated,
+            bootstrap=self.observation if self.truncated else None,
+            info=self.info,
+        )
+
+
+class EnvActor(Actor):
+    """See the module docstring."""
+
+    async def setup(self) -> None:
+        """Open the environment with a slot for every sample of every group played at a time."""
+        group_size = self.config.rollout.group_size
+        num_groups = self.config.env.groups_per_actor
+        num_slots = group_size * num_groups
+        self.env: Environment = await self.blocking(
+            make, self.config.env.task, num_slots=num_slots, args=self.config.env.args
+        )
+        self.free = list(range(num_slots))
+        self.playing = 0
+        self.stepping = 0
+        self.step_seen = -1
+        self.tickets = self.router.consumer("tickets", capacity=num_groups)
+        self.requests = self.router.producer("requests", bound=num_groups, epoch=self.spec.epoch)
+        self.groups = self.router.producer("groups", bound=num_groups, epoch=self.spec.epoch)
+        self._account()
+
+    async def run(self) -> None:
+        """Play every ticket that comes, several at a time."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                item = await self.tickets.get()
+                tasks.create_task(self._attend(item), name=f"group-{item.payload['group']}")
+
+    async def leave(self) -> None:
+        """Give tickets back: another env actor plays them from the start."""
+        self.tickets.close()
+        await self.blocking(self.env.close)
+
+    def on_peer(self, peer: Introduce) -> None:
+        """Learn who gives tickets, who acts, who trains."""
+        match peer.kind:
+            case "conductor":
+                self.tickets.add_producer(peer.peer)
+            case "rollout":
+                self.requests.add_consumer(peer.peer)
+            case "trainer" if peer.rank == 0:
+                self.groups.add_consumer(peer.peer)
+
+    def on_peer_lost(self, peer: Introduce) -> None:
+        """What a dead rollout or trainer held is offered to the next one."""
+        match peer.kind:
+            case "conductor":
+                self.tickets.remove_producer(peer.peer)
+            case "rollout":
+                self.requests.remove_consumer(peer.peer)
+            case "trainer" if peer.rank == 0:
+                self.groups.remove_consumer(peer.peer)
+
+    async def _attend(self, item: Item) -> None:
+        """Play the group of a ticket unless it is cancelled meanwhile."""
+        self.playing += 1
+        self._account()
+        play = asyncio.create_task(self._play(item))
+        cancelled = asyncio.create_task(item.wait_cancelled())
+        try:
+            await asyncio.wait({play, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            if play.done():
+                play.result()
+        finally:
+            for task in (play, cancelled):
+                task.cancel()
+            await asyncio.gather(play, cancelled, return_exceptions=True)
+            self.playing -= 1
+            self._account()
+
+    async def _play(self, item: Item) -> None:
+        ticket: dict[str, Any] = item.payload
+        self._tell_times(ticket["step"])
+        size = ticket["group_size"]
+        slots, self.free = self.free[:size], self.free[size:]
+        try:
+            group = await self._episodes(ticket, slots)
+            await self.groups.call(group, priority=-ticket["step"])
+            self.delivered()
+            item.ack()
+        finally:
+            self.free.extend(slots)
+
+    async def _episodes(self, ticket: dict[str, Any], slots: Sequence[int]) -> Group:
+        observations = await self._step(self.env.reset, slots, [ticket["seed"]] * len(slots))
+        episodes = [
+            Episode(sample, slot, observation)
+            for sample, (slot, observation) in enumerate(zip(slots, observations, strict=True))
+        ]
+        for turn in range(self.config.env.max_turns):
+            await self._turn(ticket, turn, [e for e in episodes if not e.ended])
+            if all(episode.ended for episode in episodes):
+                break
+        for episode in episodes:
+            episode.truncated = episode.truncated or not episode.terminated
+        return Group(
+            group=ticket["group"],
+            attempt=ticket["attempt"],
+            run_attempt=ticket["run_attempt"],
+            seed=ticket["seed"],
+            segments=tuple(episode.segment() for episode in episodes if episode.turns),
+        )
+
+    async def _turn(self, ticket: dict[str, Any], turn: int, episodes: list[Episode]) -> None:
+        """One turn of every episode that goes on."""
+        request = {
+            "group": ticket["group"],
+            "attempt": ticket["attempt"],
+            "run_attempt": ticket["run_attempt"],
+            "turn": turn,
+            "version": ticket["version"],
+            "exact": ticket["exact"],
+            "samples": [
+                {"sample": e.sample, "history": e.history, "observation": e.observation}
+                for e in episodes
+            ],
+        }
+        actions: list[Action | None] = await self.requests.call(
+            request, key=str(ticket["group"]), priority=-ticket["step"]
+        )
+        acting: list[tuple[Episode, Action]] = []
+        for episode, action in zip(episodes, actions, strict=True):
+            if action is None:
+                episode.truncated = True  # no room in the context for another turn
+            else:
+                acting.append((episode, action))
+        if not acting:
+            return
+        results = await self._step(
+            self.env.step, [e.slot for e, _ in acting], [action.text for _, action in acting]
+        )
+        for (episode, action), result in zip(acting, results, strict=True):
+            episode.turns.append(
+                Turn(observation=episode.observation, action=action, reward=result.reward)
+            )
+            episode.act(action)
+            episode.observation = result.observation
+            episode.info.update(result.info)
+            episode.terminated, episode.truncated = result.terminated, result.truncated
+
+    async def _step(self, function: Any, slots: Sequence[int], values: Sequence[Any]) -> Any:
+        self.stepping += 1
+        self._account()
+        try:
+            return await self.blocking(function, slots, values)
+        finally:
+            self.stepping -= 1
+            self._account()
+
+    def _account(self) -> None:
+        state = "work" if self.stepping else "wait_rollout" if self.playing else "wait_tickets"
+        self.time.enter(state)
+
+    def _tell_times(self, step: int) -> None:
+        """Once a step the conductor hears how time was spent."""
+        if step > self.step_seen:
+            self.step_seen = step
+            for conductor in self.peers_of("conductor"):
+                self.endpoint.send(conductor.peer, StageTimes(seconds=self.time.seconds()))
