@@ -122,6 +122,7 @@ class ActorHost:
         self.ready = True
         self._tell(Ready(actor=self.spec.actor, job=self.spec.job, epoch=self.spec.epoch))
         await self.actor.run()
+        await self.actor.leave()
 
     def _result_of(self, life: "asyncio.Task[None]") -> int:
         error = life.exception()

@@ -95,6 +95,12 @@ class Lease:
         """flowd granted the lease under a new epoch."""
         if epoch < self.epoch:
             return
+        if epoch == self.epoch and self._granted.is_set():
+            # Said again: flowd was restarted, or another replica came to share the devices.
+            if shared and not self.shared and self._idle:
+                self._send_idle(epoch)
+            self.shared = shared
+            return
         self.epoch = epoch
         self.shared = shared
         self._wanted = False
@@ -104,8 +110,10 @@ class Lease:
 
     def revoked(self, epoch: int, offload: bool) -> None:
         """flowd wants the devices back; an epoch of the past is answered by nothing."""
-        if epoch != self.epoch or not self._granted.is_set():
+        if epoch != self.epoch or self._revocation is not None:
             return
+        if not self._granted.is_set() and not offload:
+            return  # answered before; a lease that is not held is revoked only to have it offloaded
         self._revocation = (epoch, offload)
         self._park_if_asked()
 

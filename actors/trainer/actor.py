@@ -1,0 +1,467 @@
+"""The trainer: one replica of one or more data-parallel ranks; rank 0 leads.
+
+The leader holds finished groups until the conductor admits them to a step, shares them out over the ranks by tokens,
+and trains on the first micro-batch while later groups are still being sampled (under a shared lease it waits for the
+whole step's batch instead: the stages take turns). After a step it publishes the weights as the next policy version,
+and commits: checkpoint and manifest become visible by one rename.
+
+The other ranks do what the leader says. A rank that dies takes the whole replica with it.
+"""
+
+import asyncio
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import actors.wire  # noqa: F401  registers the payload types
+from actors.actor import Actor
+from actors.backends.contract import TrainingEngine
+from actors.conductor.manifest import Manifest, newest_manifest
+from actors.episodes import Group, Segment
+from actors.trainer import checkpoint
+from channels.channel import Item
+from channels.lifecycle import Introduce
+from channels.messages import Message
+from channels.weights import WeightsDirectory
+from channels.work import (
+    Admit,
+    BeginRun,
+    CommitAndPause,
+    Committed,
+    Drop,
+    GroupReceived,
+    PolicyPublished,
+    RankCommand,
+    RankReply,
+    StepDone,
+    TrainerReady,
+)
+
+Command = BeginRun | Admit | CommitAndPause
+
+
+class TrainerActor(Actor):
+    """See the module docstring."""
+
+    async def setup(self) -> None:
+        """Build the engine and load the newest commit; without one, warm up and make commit 0."""
+        job = self.config.job
+        self.leader = self.spec.rank == 0
+        self.offloaded = False
+        self.engine: TrainingEngine | None = None
+        self.weights = WeightsDirectory(self.spec.weights_dir, keep=job.max_staleness + 2)
+        self.commands: asyncio.Queue[Command] = asyncio.Queue()
+        self.rank_commands: asyncio.Queue[tuple[RankCommand, Any]] = asyncio.Queue()
+        self.replies: dict[tuple[str, int], asyncio.Future[None]] = {}
+        self.pool: dict[tuple[int, int], Group] = {}
+        self.trained: set[int] = set()
+        self.step = 0
+        self.run_attempt = -1
+        self.committed_step = -1
+        self.paused = False
+        self.conductor: Introduce | None = None
+        if not self.leader:
+            return
+        self.groups = self.router.consumer(
+            "groups", capacity=job.groups_per_step * (job.max_staleness + 1)
+        )
+        async with self.lease:
+            await self.compute("onload", self._take_device)
+            manifest = newest_manifest(self.run_dir)
+            if manifest is None:
+                manifest = await self._first_commit()
+            await self.compute("load", self._load_commit)
+        self.lease.idle()
+        self.committed_step = self.step = manifest.step
+
+    async def _first_commit(self) -> Manifest:
+        if self.config.warmup.steps:
+            await self.compute("warmup", self._warm_up, asyncio.get_running_loop())
+        manifest = Manifest(step=0, policy_version=0, run_attempt=0, groups=frozenset())
+        await self.compute("commit", self._save, manifest)
+        return manifest
+
+    async def run(self) -> None:
+        """The leader follows the conductor, the other ranks the leader."""
+        self.time.enter("wait_groups")
+        if not self.leader:
+            await self._follow()
+            return
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._receive())
+            tasks.create_task(self._lead())
+
+    def on_peer(self, peer: Introduce) -> None:
+        """Tell a conductor where the weights stand; take groups from env actors."""
+        if not self.leader:
+            return
+        if peer.kind == "conductor":
+            self.conductor = peer
+            attempt = max(self.run_attempt, 0)
+            self._tell(TrainerReady(epoch=self.spec.epoch, step=self.step, run_attempt=attempt))
+        elif peer.kind == "env":
+            self.groups.add_producer(peer.peer)
+
+    def on_peer_lost(self, peer: Introduce) -> None:
+        """What a dead env actor had delivered stays."""
+        if self.leader and peer.kind == "env":
+            self.groups.remove_producer(peer.peer)
+        elif self.conductor is not None and peer.peer == self.conductor.peer:
+            self.conductor = None
+
+    def on_message(self, sender: str, message: Message, payload: Any) -> None:
+        """Queue commands in the order they come."""
+        match message:
+            case BeginRun() | Admit() | CommitAndPause():
+                self.commands.put_nowait(message)
+            case Drop():
+                self.pool.pop((message.group, message.attempt), None)
+            case RankCommand():
+                self.rank_commands.put_nowait((message, payload))
+            case RankReply():
+                waiting = self.replies.pop((message.command, message.rank), None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(None)
+
+    async def park(self, offload: bool) -> int:
+        """Move what is on the device to the host."""
+        if self.engine is None:
+            return 0
+        if offload:
+            await self.blocking(self.engine.offload)
+            self.offloaded = True
+        return self.engine.memory_bytes()
+
+    # The leader.
+
+    async def _receive(self) -> None:
+        while True:
+            item: Item = await self.groups.get()
+            group: Group = item.payload
+            item.ack()
+            key = (group.group, group.attempt)
+            if key in self.pool:
+                continue  # delivered twice: its env actor died after the first delivery
+            self.pool[key] = group
+            versions = [
+                turn.action.versions for segment in group.segments for turn in segment.turns
+            ]
+            sampled = [v for v in versions if v.size]
+            self._tell(
+                GroupReceived(
+                    group=group.group,
+                    attempt=group.attempt,
+                    run_attempt=group.run_attempt,
+                    min_version=min((int(v.min()) for v in sampled), default=self.step),
+                    max_version=max((int(v.max()) for v in sampled), default=self.step),
+                    tokens=group.num_tokens,
+                    rewards=[float(r) for r in group.rewards],
+                    info=_mean_info(group.segments),
+                )
+            )
+
+    async def _lead(self) -> None:
+        while True:
+            with self.time.measure("wait_groups"):
+                command = await self.commands.get()
+            match command:
+                case BeginRun():
+                    await self._begin_run(command)
+                case CommitAndPause():
+                    self.paused = True
+                    if self.committed_step != self.step:
+                        await self._commit()
+                    self._tell_committed()
+                case Admit() if not self.paused and command.step == self.step:
+                    await self._train_step(command)
+
+    async def _begin_run(self, command: BeginRun) -> None:
+        assert command.step == self.step
+        self.run_attempt = command.run_attempt
+        self.paused = False
+        self.pool.clear()
+        async with self.lease:
+            await self._ensure_device()
+            await self._command_ranks("begin")
+            await self._publish()
+        self.lease.idle()
+
+    async def _train_step(self, first: Admit) -> None:
+        """Train on the groups of one step as they are admitted."""
+        began = time.monotonic()
+        share_before = self.time.seconds()
+        queued: deque[Admit] = deque([first])
+        if self.lease.shared:
+            # Taking turns: the device is taken once the whole batch is there.
+            while not queued[-1].last:
+                with self.time.measure("wait_groups"):
+                    command = await self.commands.get()
+                if not isinstance(command, Admit):
+                    return self.commands.put_nowait(command)  # the run was rolled back
+                queued.append(command)
+        budget = self.config.trainer.micro_batch_tokens * self.spec.num_ranks
+        started = False
+        groups: list[Group] = []
+        batch: list[Group] = []
+        while True:
+            if queued:
+                admit = queued.popleft()
+            else:
+                with self.time.measure("wait_groups"):
+                    command = await self.commands.get()
+                if not isinstance(command, Admit):
+                    return self.commands.put_nowait(command)
+                admit = command
+            group = self.pool.pop((admit.group, admit.attempt))
+            groups.append(group)
+            batch.append(group)
+            # Chunks are cut by tokens alone, never by arrival times: the same order gives the same chunks.
+            if admit.last or sum(_context_tokens(g) for g in batch) >= budget:
+                async with self._on_device():
+                    await self._accumulate(batch, begin=not started)
+                started, batch = True, []
+            if admit.last:
+                break
+        async with self._on_device():
+            metrics = await self._finish_step(groups)
+            self.step += 1
+            finite = all(math.isfinite(metrics.get(k, 0.0)) for k in ("loss", "grad_norm"))
+            if finite:
+                self.trained.update(group.group for group in groups)
+                await self._publish()
+        if not admit.last or not finite:
+            self.paused = (
+                True  # the conductor ends the job; such weights are neither published nor committed
+            )
+        share = self.time.seconds()
+        metrics["seconds_train"] = round(share.get("work", 0) - share_before.get("work", 0), 4)
+        metrics["seconds_step"] = round(time.monotonic() - began, 4)
+        self._tell(
+            StepDone(
+                run_attempt=self.run_attempt,
+                step=self.step - 1,
+                policy_version=self.step,
+                metrics=metrics,
+            )
+        )
+        self.delivered()
+        await self.blocking(self._write_samples, groups)
+        if finite and admit.commit:
+            await self._commit()
+            self._tell_committed()
+        self.lease.idle()
+
+    async def _accumulate(self, batch: list[Group], *, begin: bool) -> None:
+        shares = share_out(batch, self.spec.num_ranks)
+        for rank, share in enumerate(shares):
+            if rank:
+                self._tell_rank(rank, "accumulate", (begin, share))
+        await self.compute("accumulate", self._accumulate_now, shares[0], begin)
+
+    def _accumulate_now(self, groups: Sequence[Group], begin: bool) -> None:
+        assert self.engine is not None
+        if begin:
+            self.engine.begin_step()
+        self.engine.accumulate(groups)
+
+    async def _finish_step(self, groups: list[Group]) -> dict[str, float]:
+        assert self.engine is not None
+        ranks = self._command_ranks("finish")
+        metrics = await self.compute("update", self.engine.finish_step)
+        await ranks
+        self.lease.check_memory(self.engine.memory_bytes())
+        return metrics
+
+    async def _publish(self) -> None:
+        assert self.engine is not None
+        published = await self.compute(
+            "publish", self.weights.publish, self.run_attempt, self.step, self.engine.weights()
+        )
+        self._tell(
+            PolicyPublished(
+                run_attempt=self.run_attempt,
+                policy_version=self.step,
+                path=str(published.path),
+                size_bytes=published.size_bytes,
+            )
+        )
+
+    async def _commit(self) -> None:
+        manifest = Manifest(
+            step=self.step,
+            policy_version=self.step,
+            run_attempt=self.run_attempt,
+            groups=frozenset(self.trained),
+        )
+        async with self._on_device():
+            await self.compute("commit", self._save, manifest)
+        self.committed_step = self.step
+
+    def _tell_committed(self) -> None:
+        self._tell(
+            Committed(
+                run_attempt=self.run_attempt,
+                step=self.committed_step,
+                policy_version=self.committed_step,
+            )
+        )
+
+    def _tell(self, message: Message) -> None:
+        # A conductor that is gone takes the job back to the last commit when it returns: nothing to tell.
+        if self.conductor is not None:
+            self.endpoint.send(self.conductor.peer, message)
+
+    def _tell_rank(self, rank: int, command: str, payload: Any = None) -> asyncio.Future[None]:
+        peers = [p for p in self.peers_of("trainer") if p.rank == rank]
+        assert peers, f"rank {rank} was not introduced"
+        reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.replies[command, rank] = reply
+        message = RankCommand(command=command, run_attempt=self.run_attempt, step=self.step)
+        self.endpoint.send(peers[0].peer, message, payload)
+        return reply
+
+    def _command_ranks(self, command: str) -> "asyncio.Future[list[None]]":
+        """Send a command to all other ranks now; the future is done when all have carried it out."""
+        return asyncio.gather(
+            *(self._tell_rank(rank, command) for rank in range(1, self.spec.num_ranks))
+        )
+
+    # Every rank.
+
+    async def _follow(self) -> None:
+        leader: Introduce | None = None
+        while True:
+            with self.time.measure("wait_leader"):
+                command, payload = await self.rank_commands.get()
+            async with self._on_device():
+                assert self.engine is not None
+                match command.command:
+                    case "begin":
+                        await self.compute("load", self._load_commit)
+                    case "accumulate":
+                        begin, groups = payload
+                        await self.compute("accumulate", self._accumulate_now, groups, begin)
+                    case "finish":
+                        await self.compute("update", self.engine.finish_step)
+            leader = next((p for p in self.peers_of("trainer") if p.rank == 0), leader)
+            if leader is not None:
+                reply = RankReply(rank=self.spec.rank, command=command.command, step=command.step)
+                self.endpoint.send(leader.peer, reply)
+
+    def _on_device(self) -> "_OnDevice":
+        return _OnDevice(self)
+
+    async def _ensure_device(self) -> None:
+        if self.engine is None or self.offloaded:
+            await self.compute("onload", self._take_device)
+
+    # Below: called in the worker thread.
+
+    def _take_device(self) -> None:
+        if self.engine is None:
+            self.engine = self._build()
+        elif self.offloaded:
+            self.engine.onload()
+        self.offloaded = False
+
+    def _build(self) -> TrainingEngine:
+        from actors.trainer.building import build_engine
+
+        return build_engine(self.spec, self.config)
+
+    def _warm_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        from actors.trainer.building import warm_up
+
+        def progress(**data: Any) -> None:
+            loop.call_soon_threadsafe(lambda: self.event("warmup", **data))
+
+        assert self.engine is not None
+        warm_up(self.engine, self.config, Path(self.spec.cache_dir), progress)
+
+    def _load_commit(self) -> None:
+        assert self.engine is not None
+        manifest = checkpoint.load(self.run_dir, self.engine)
+        self.trained = set(manifest.groups)
+        self.step = manifest.step
+
+    def _save(self, manifest: Manifest) -> None:
+        assert self.engine is not None
+        checkpoint.save(
+            self.run_dir, self.engine.state(), manifest, keep=self.config.checkpoint.keep
+        )
+
+    def _write_samples(self, groups: Sequence[Group]) -> None:
+        count = self.config.metrics.samples_per_step
+        lines = []
+        for group in groups[:count]:
+            for segment in group.segments[:1]:
+                for position, turn in enumerate(segment.turns):
+                    observed = getattr(turn.observation, "messages", ())
+                    lines.append(
+                        {
+                            "step": self.step - 1,
+                            "group": group.group,
+                            "sample": segment.sample,
+                            "turn": segment.first_turn + position,
+                            "prompt": "\n".join(message.content for message in observed),
+                            "text": turn.action.text,
+                            "reward": turn.reward,
+                            "versions": turn.action.versions.tolist(),
+                            "logprobs": [round(float(x), 5) for x in turn.action.logprobs],
+                            "tokens": turn.action.tokens.tolist(),
+                            "prompt_tokens": turn.action.prompt.tolist(),
+                            "finish": turn.action.finish,
+                            "info": segment.info,
+                        }
+                    )
+        if lines:
+            with (self.run_dir / "samples.jsonl").open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class _OnDevice:
+    """`async with`: the lease is held and the engine is on the device."""
+
+    def __init__(self, actor: TrainerActor) -> None:
+        self._actor = actor
+
+    async def __aenter__(self) -> None:
+        with self._actor.time.measure("wait_lease"):
+            await self._actor.lease.__aenter__()
+        await self._actor._ensure_device()
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._actor.lease.__aexit__(None, None, None)
+
+
+def share_out(groups: Sequence[Group], num_ranks: int) -> list[list[Group]]:
+    """Give each group to the rank with the fewest tokens so far (the lowest on ties); keeps the order."""
+    shares: list[list[Group]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for group in groups:
+        rank = loads.index(min(loads))
+        shares[rank].append(group)
+        loads[rank] += _context_tokens(group)
+    return shares
+
+
+def _context_tokens(group: Group) -> int:
+    return sum(
+        len(turn.action.prompt) + len(turn.action.tokens)
+        for segment in group.segments
+        for turn in segment.turns
+    )
+
+
+def _mean_info(segments: Sequence[Segment]) -> dict[str, float]:
+    """Means over the segments of every number in their info."""
+    values: dict[str, list[float]] = {}
+    for segment in segments:
+        for key, value in segment.info.items():
+            if isinstance(value, int | float):
+                values.setdefault(key, []).append(float(value))
+    return {key: sum(v) / len(v) for key, v in values.items()}
