@@ -13,9 +13,21 @@ class Closed(ChannelError):
     """Raised when something is put into, or taken from, a channel that was closed."""
 
 
+class Withdrawn(ChannelError):
+    """Raised at an awaited call whose item its own producer cancelled."""
+
+
+class Refused(ChannelError):
+    """Raised at an awaited call whose item the consumer could not read; says why."""
+
+
 class TooLarge(ChannelError, ValueError):
     """Raised at the sender when an item is larger than the channel's limit; says both sizes."""
 
 
 class BadFrame(ChannelError, ValueError):
     """Raised when bytes from a socket are not a message of ours."""
+
+
+class VersionGone(ChannelError):
+    """Raised when a version of the weights was deleted before, or while, it was opened."""

@@ -1,0 +1,338 @@
+"""Endpoints: a named mailbox, and one-way connections from it to the mailboxes of others.
+
+    endpoint.on_message = handle                       # handle(sender, message, payload)
+    endpoint.connect("job/trainer-0", address)
+    endpoint.send("job/trainer-0", message, payload)
+
+Contract, the same for both kinds:
+* Order: messages from one sender arrive in the order they were sent. Nothing is promised across
+  senders.
+* Loss: none while both ends live and stay connected. What was sent to a peer that dies, or that is
+  disconnected, is lost silently; the layer above (channels) acknowledges what must not be lost.
+* Backpressure: none. `send` never blocks; channels bound what is in flight by credits.
+* `on_message` is never called from within `send`. A message that cannot be decoded is logged and
+  dropped.
+* Payloads are not to be changed after `send`: large arrays travel without a copy, and inline ones
+  by reference.
+* Identity: the sender's name is what the connection declared; two live endpoints never share one.
+"""
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import zmq
+
+from channels import messages, payload
+from channels.errors import BadFrame, ChannelError, Closed, PeerLost, TooLarge
+from channels.messages import Message
+from channels.sockets import DrainedSocket, send_parts
+
+log = logging.getLogger(__name__)
+
+MAX_PAYLOAD_BYTES = 4 * 1024**3
+MAX_IPC_PATH_BYTES = 107  # sockaddr_un.sun_path, less its terminating zero
+CLOSE_LINGER_MS = 500
+RECONNECT_MS = 50
+RECONNECT_MAX_MS = 1000
+INLINE_PER_TURN = 128
+
+OnMessage = Callable[[str, Message, Any], None]
+
+
+class Endpoint(Protocol):
+    """See the module docstring for the contract."""
+
+    name: str
+    address: str
+    on_message: OnMessage
+
+    def connect(self, peer: str, address: str) -> None:
+        """Connect to a peer's mailbox. Idempotent; a new address replaces the old connection."""
+        ...
+
+    def disconnect(self, peer: str) -> None:
+        """Forget a peer; what was sent and not delivered is dropped. Does nothing for an unknown
+        one."""
+        ...
+
+    def pack(self, tree: Any) -> Any:
+        """Make a payload ready to be sent, alone or inside others, any number of times.
+
+        Raises TypeError for what cannot travel here, TooLarge beyond the limit. The receiver gets
+        the tree itself.
+        """
+        ...
+
+    def send(self, peer: str, message: Message, payload: Any = None) -> None:
+        """Send a message. Raises PeerLost when not connected, Closed, and what `pack` raises."""
+        ...
+
+    def close(self) -> None:
+        """Close mailbox and connections; what was sent before has half a second to leave."""
+        ...
+
+
+def unhandled(sender: str, message: Message, payload: Any) -> None:
+    """The `on_message` of an endpoint that nobody gave one."""
+    log.warning("dropped message sender=%s message=%r: no handler is set", sender, message)
+
+
+def _not_connected(name: str, peer: str) -> PeerLost:
+    return PeerLost(f"{name} is not connected to {peer}: connect first, or it was disconnected")
+
+
+def size_bytes(packed: Any) -> int | None:
+    """Bytes of what `pack` returned, where they are known (not in one process)."""
+    return packed.size_bytes if isinstance(packed, payload.Encoded) else None
+
+
+class ZmqEndpoint:
+    """An endpoint between processes: a ROUTER as mailbox, and a DEALER per connected peer.
+
+    Made on the running loop. address: "ipc:///path" (at most 107 bytes of path) or
+    "tcp://host:port"; with port "*" the attribute `address` says which was taken. Messages that
+    arrive before the loop runs again wait for the handler.
+    """
+
+    def __init__(
+        self, name: str, address: str, *, max_payload_bytes: int = MAX_PAYLOAD_BYTES
+    ) -> None:
+        if not 0 < len(name.encode()) < 256:
+            raise ValueError(f'endpoint name "{name}": 1 to 255 bytes are allowed; shorten it')
+        self.name = name
+        self.on_message: OnMessage = unhandled
+        self._max_payload_bytes = max_payload_bytes
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._peers: dict[str, tuple[str, zmq.Socket[bytes]]] = {}
+        self._names: dict[bytes, str] = {}
+        self._closed = False
+        router = self._context.socket(zmq.ROUTER)
+        router.setsockopt(zmq.LINGER, 0)
+        router.setsockopt(zmq.RCVHWM, 0)
+        router.setsockopt(zmq.MAXMSGSIZE, max_payload_bytes)
+        # A peer that connects again (restarted, or with a new connection) takes its name over from
+        # the old connection.
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        try:
+            _check_path(address)
+            router.bind(address)
+        except zmq.ZMQError as error:
+            router.close(0)
+            raise ChannelError(
+                f"endpoint {name} cannot bind {address}: {error.strerror}"
+            ) from error
+        except ChannelError:
+            router.close(0)
+            raise
+        self.address = router.get_string(zmq.LAST_ENDPOINT)
+        self._mailbox = DrainedSocket(router, self._received)
+
+    def connect(self, peer: str, address: str) -> None:
+        if self._closed:
+            raise Closed(f"endpoint {self.name} is closed")
+        known = self._peers.get(peer)
+        if known is not None:
+            if known[0] == address:
+                return
+            self.disconnect(peer)
+        _check_path(address)
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.ROUTING_ID, self.name.encode())
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        try:
+            dealer.connect(address)
+        except zmq.ZMQError as error:
+            dealer.close(0)
+            raise ChannelError(
+                f"endpoint {self.name} cannot connect to {peer} at {address}: {error.strerror}"
+            ) from error
+        self._peers[peer] = (address, dealer)
+
+    def disconnect(self, peer: str) -> None:
+        known = self._peers.pop(peer, None)
+        if known is not None:
+            known[1].close(0)
+
+    def pack(self, tree: Any) -> payload.Encoded:
+        encoded = tree if isinstance(tree, payload.Encoded) else payload.encode(tree)
+        if encoded.size_bytes > self._max_payload_bytes:
+            raise TooLarge(
+                f"a payload of {encoded.size_bytes} bytes is over the limit of "
+                f"{self._max_payload_bytes}: send it in parts"
+            )
+        return encoded
+
+    def send(self, peer: str, message: Message, payload: Any = None) -> None:
+        known = self._peers.get(peer)
+        if known is None:
+            if self._closed:
+                raise Closed(f"endpoint {self.name} is closed")
+            raise _not_connected(self.name, peer)
+        head = messages.encode(message)
+        if payload is None:
+            send_parts(known[1], [head])
+        else:
+            encoded = self.pack(payload)
+            send_parts(known[1], [head, encoded.header, *encoded.buffers])
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for _, dealer in self._peers.values():
+            dealer.close(CLOSE_LINGER_MS)
+        self._peers.clear()
+        self._mailbox.close()
+        if self.address.startswith("ipc://"):
+            # ZeroMQ removes the file in its own thread, which the end of the process may overtake.
+            try:
+                os.unlink(self.address.removeprefix("ipc://"))
+            except FileNotFoundError:
+                pass
+
+    def _received(self, frames: list[zmq.Frame]) -> None:
+        identity = frames[0].bytes
+        sender = self._names.get(identity)
+        try:
+            if sender is None:
+                sender = _name_of(identity)
+                self._names[identity] = sender
+            if len(frames) < 2:
+                raise BadFrame("a message without frames")
+            message = messages.decode(frames[1].buffer)
+            tree = _decode_payload(frames[2:]) if len(frames) > 2 else None
+        except BadFrame as error:
+            log.warning("dropped frame endpoint=%s sender=%r: %s", self.name, identity, error)
+            return
+        self.on_message(sender, message, tree)
+
+
+def _decode_payload(frames: list[zmq.Frame]) -> Any:
+    if len(frames) == 1:
+        return payload.decode(frames[0].buffer)
+    # The pack is small and becomes writable memory of our own; large frames are used where ZeroMQ
+    # put them.
+    pack = bytearray(frames[1].buffer)
+    return payload.decode(frames[0].buffer, [pack, *(frame.buffer for frame in frames[2:])])
+
+
+def _name_of(identity: bytes) -> str:
+    if identity.startswith(b"\0"):
+        raise BadFrame("the sender declared no name")
+    try:
+        return identity.decode()
+    except UnicodeDecodeError as error:
+        raise BadFrame("the sender's name is not UTF-8") from error
+
+
+def _check_path(address: str) -> None:
+    if not address.startswith("ipc://"):
+        return
+    size = len(os.fsencode(address.removeprefix("ipc://")))
+    if size > MAX_IPC_PATH_BYTES:
+        raise ChannelError(
+            f"the socket path of {address} has {size} bytes, the system allows "
+            f"{MAX_IPC_PATH_BYTES}: use a shorter state directory (--state-dir or FLOWD_HOME)"
+        )
+
+
+class InlineHub:
+    """Endpoints in one event loop. Payloads travel by reference; delivery is by the loop, never
+    from `send`."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.mailboxes: dict[str, InlineEndpoint] = {}
+        # What was sent before the receiver existed; between processes it would wait in the
+        # connection as well.
+        self.early: dict[str, list[tuple[str, Message, Any]]] = {}
+        self.closed: set[str] = set()
+
+    def endpoint(self, name: str, address: str | None = None) -> "InlineEndpoint":
+        """A new endpoint on the running loop, by default with an address of its own."""
+        self._count += 1
+        return InlineEndpoint(self, name, address or f"inline://{name}.{self._count}")
+
+
+class InlineEndpoint:
+    """An endpoint of an `InlineHub`."""
+
+    def __init__(self, hub: InlineHub, name: str, address: str) -> None:
+        if address in hub.mailboxes:
+            raise ChannelError(f"{address} is taken: choose another address for {name}")
+        self.name = name
+        self.address = address
+        self.on_message: OnMessage = unhandled
+        self._hub = hub
+        self._loop = asyncio.get_running_loop()
+        self._peers: dict[str, str] = {}
+        self._inbox: deque[tuple[str, Message, Any]] = deque()
+        self._scheduled = False
+        self._closed = False
+        hub.mailboxes[address] = self
+        hub.closed.discard(address)
+        for sender, message, tree in hub.early.pop(address, []):
+            self._deliver(sender, message, tree)
+
+    def connect(self, peer: str, address: str) -> None:
+        if self._closed:
+            raise Closed(f"endpoint {self.name} is closed")
+        self._peers[peer] = address
+
+    def disconnect(self, peer: str) -> None:
+        self._peers.pop(peer, None)
+
+    def pack(self, tree: Any) -> Any:
+        return tree
+
+    def send(self, peer: str, message: Message, payload: Any = None) -> None:
+        address = self._peers.get(peer)
+        if address is None:
+            if self._closed:
+                raise Closed(f"endpoint {self.name} is closed")
+            raise _not_connected(self.name, peer)
+        mailbox = self._hub.mailboxes.get(address)
+        if mailbox is not None:
+            mailbox._deliver(self.name, message, payload)
+        elif address not in self._hub.closed:
+            self._hub.early.setdefault(address, []).append((self.name, message, payload))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._peers.clear()
+        self._inbox.clear()
+        del self._hub.mailboxes[self.address]
+        self._hub.closed.add(self.address)
+
+    def _deliver(self, sender: str, message: Message, tree: Any) -> None:
+        self._inbox.append((sender, message, tree))
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        for _ in range(min(len(self._inbox), INLINE_PER_TURN)):
+            if self._closed:
+                return
+            sender, message, tree = self._inbox.popleft()
+            try:
+                self.on_message(sender, message, tree)
+            except Exception as error:
+                self._loop.call_exception_handler(
+                    {"message": "a handler of received messages failed", "exception": error}
+                )
+        if self._inbox:
+            self._schedule()

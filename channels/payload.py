@@ -1,0 +1,419 @@
+"""Free-form payload trees, as a MessagePack header, one pack of small arrays, and a frame per large
+array.
+
+A tree is made of dict, list, tuple, str, bytes, int, float, bool, None, numpy arrays and scalars of
+every dtype but object, torch tensors, and dataclasses that were registered. Nothing is ever
+unpickled, and classes are found by their registered name only. The header holds, in the place of an
+array, its dtype, shape and where its bytes are.
+
+* Arrays below FRAME_BYTES are copied into the pack, 16-byte aligned; larger ones that are
+  contiguous are not copied, so they must not be changed until the receiver has acknowledged them.
+  Non-contiguous ones are copied.
+* Decoded numpy arrays are views on the received buffers and hold them alive; whether they may be
+  written is not promised. Decoded torch tensors are on the CPU and writable; torch is imported only
+  when a tensor occurs.
+"""
+
+import dataclasses
+import math
+import operator
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgpack
+import numpy as np
+
+from channels.errors import BadFrame
+
+FRAME_BYTES = 16 * 1024  # below it, a copy is cheaper than one more frame on a socket
+MAX_NESTING = 4  # of encoded trees in encoded trees
+
+Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+_CLASS, _TUPLE, _ARRAY, _SCALAR, _TENSOR, _BIG_INT, _ENCODED = range(1, 8)
+
+# Positions in these tables are the wire format: append only.
+_NUMPY_DTYPES = tuple(
+    np.dtype(name)
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64", "complex64", "complex128"),
+    )
+)
+_TORCH_DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128", "bfloat16", "complex32"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+)
+_OTHER_DTYPE = 255  # its description follows the shape
+_NUMPY_CODES = {dtype: code for code, dtype in enumerate(_NUMPY_DTYPES)}
+_PADDING = tuple(bytes((-n) % 16) for n in range(16))  # by length modulo 16
+# dtype code, dimensions, frame (0 is the pack), offset, shape
+_PLACES = tuple(struct.Struct(f"<BBIQ{ndim}Q") for ndim in range(65))
+_PLACE_1D = _PLACES[1]
+_NESTED = struct.Struct("<QQII")  # offset and length in the pack, first frame and number of frames
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An encoded tree. It may itself stand in a tree, and is then decoded in its place."""
+
+    header: bytes
+    pack: bytes
+    frames: list[memoryview]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of header, pack and frames."""
+        return len(self.header) + len(self.pack) + sum(frame.nbytes for frame in self.frames)
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """What travels beside the header: nothing, or the pack and then the frames."""
+        return [self.pack, *self.frames] if self.pack or self.frames else []
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable:
+    """Stands where an `Encoded` subtree was that cannot be decoded here."""
+
+    error: BadFrame
+
+
+class _Registered:
+    """A dataclass that may travel: as the list of its fields, in order."""
+
+    def __init__(self, cls: type, name: str) -> None:
+        self.cls, self.name = cls, name
+        self.fields = tuple(f.name for f in dataclasses.fields(cls))
+        self.marker = msgpack.ExtType(_CLASS, name.encode())
+        self.values: Callable[[Any], list[Any]]
+        if len(self.fields) > 1:
+            getter = operator.attrgetter(*self.fields)
+            self.values = lambda value: list(getter(value))
+        else:
+            self.values = lambda value: [getattr(value, name) for name in self.fields]
+
+    def make(self, values: Any) -> Any:
+        if type(values) is not list or len(values) > len(self.fields):
+            raise BadFrame(f"{self.name} has the fields {self.fields}, received {values!r:.200}")
+        return self.cls(**dict(zip(self.fields, values, strict=False)))
+
+
+_classes: dict[type, _Registered] = {}
+_names: dict[bytes, _Registered] = {}
+
+
+def register(cls: type[T], name: str | None = None) -> type[T]:
+    """Let a dataclass travel in payloads, under a name that is the same on both sides. Usable as a
+    decorator.
+
+    name: by default the class's module and qualified name. New fields come last with defaults. The
+    constructor runs at the receiver, so checks in `__post_init__` apply there too.
+    """
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if not dataclasses.is_dataclass(cls) or parameters is None or not parameters.frozen:
+        # In one process payloads travel by reference, so a change would be seen by the sender.
+        raise TypeError(
+            f"{cls.__qualname__} is not a frozen dataclass: declare it with frozen=True"
+        )
+    hidden = [f.name for f in dataclasses.fields(cls) if not f.init]
+    if hidden:
+        raise TypeError(
+            f"{cls.__qualname__} has fields {hidden} outside its constructor: it cannot be remade"
+        )
+    registered = _Registered(cls, name or f"{cls.__module__}.{cls.__qualname__}")
+    other = _names.get(registered.marker.data)
+    if other is not None and other.cls is not cls:
+        raise ValueError(
+            f'the name "{registered.name}" belongs to {other.cls!r}: give another name'
+        )
+    _classes[cls] = _names[registered.marker.data] = registered
+    return cls
+
+
+def encode(tree: Any) -> Encoded:
+    """Encode a payload tree. Raises TypeError, naming the type, for what cannot travel."""
+    encoder = _Encoder()
+    packer = msgpack.Packer(
+        default=encoder.default, strict_types=True, unicode_errors="surrogatepass", buf_size=4096
+    )
+    try:
+        header: bytes = packer.pack(tree)
+    except ValueError as error:
+        raise TypeError(f"the payload cannot be encoded: {error}") from error
+    return Encoded(header, b"".join(encoder.pack), encoder.frames)
+
+
+def decode(header: Buffer, buffers: Sequence[Buffer] = (), nesting: int = 0) -> Any:
+    """Decode what `encode` made: header and `buffers`. Raises BadFrame for anything else."""
+    decoder = _Decoder(buffers, nesting)
+    try:
+        return msgpack.unpackb(
+            header,
+            ext_hook=decoder.extension,
+            object_hook=_mapping,
+            strict_map_key=False,
+            unicode_errors="surrogatepass",
+        )
+    except BadFrame:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever bytes from outside provoke in msgpack, numpy or a constructor
+        raise BadFrame(f"not a payload: {type(error).__name__}: {error}") from error
+
+
+class _Encoder:
+    """Turns what MessagePack does not know into what it knows, and collects the bytes of arrays."""
+
+    __slots__ = ("frames", "pack", "pack_size")
+
+    def __init__(self) -> None:
+        self.pack: list[bytes] = []
+        self.pack_size = 0
+        self.frames: list[memoryview] = []
+
+    def default(self, value: Any) -> Any:
+        cls = type(value)
+        if cls is np.ndarray:
+            return self._array(value)
+        registered = _classes.get(cls)
+        if registered is not None:
+            return {registered.marker: registered.values(value)}
+        if cls is tuple:
+            return {_TUPLE_MARKER: list(value)}
+        if cls is Encoded:
+            return self._encoded(value)
+        if isinstance(value, np.generic):
+            return self._scalar(value)
+        if cls is int:
+            return msgpack.ExtType(
+                _BIG_INT, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            )
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
+            return self._tensor(torch, value)
+        raise TypeError(
+            f"a payload cannot hold a {cls.__module__}.{cls.__qualname__}: register the dataclass "
+            "with channels.payload.register, or send dicts, lists, numbers, text and arrays"
+        )
+
+    def _array(self, array: Any) -> Any:
+        code = _NUMPY_CODES.get(array.dtype, _OTHER_DTYPE)
+        nbytes = array.nbytes
+        if nbytes < FRAME_BYTES:
+            frame, offset = 0, self._append(array.tobytes())
+        else:
+            flat = np.ascontiguousarray(array).reshape(-1)
+            # A view as bytes also serves dtypes that have no buffer protocol, such as datetime64.
+            frame, offset = self._frame(flat.view(np.uint8).data), 0
+        if array.ndim == 1 and code != _OTHER_DTYPE:
+            return msgpack.ExtType(_ARRAY, _PLACE_1D.pack(code, 1, frame, offset, array.shape[0]))
+        place = _PLACES[array.ndim].pack(code, array.ndim, frame, offset, *array.shape)
+        return msgpack.ExtType(_ARRAY, place + _description(array.dtype, code))
+
+    def _scalar(self, value: Any) -> Any:
+        code = _NUMPY_CODES.get(value.dtype, _OTHER_DTYPE)
+        description = _description(value.dtype, code)
+        head = struct.pack("<BI", code, len(description))
+        return msgpack.ExtType(_SCALAR, head + description + value.tobytes())
+
+    def _tensor(self, torch: Any, tensor: Any) -> Any:
+        name = str(tensor.dtype).removeprefix("torch.")
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            raise TypeError(
+                f"a payload holds plain dense tensors, not a {type(tensor).__qualname__} "
+                f"with layout {tensor.layout}: send its local or full tensor"
+            )
+        if name not in _TORCH_DTYPES:
+            raise TypeError(f"a payload cannot hold a tensor of {tensor.dtype}: convert it first")
+        dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        data = memoryview(dense.view(torch.uint8).numpy())
+        if data.nbytes < FRAME_BYTES:
+            frame, offset = 0, self._append(data.tobytes())
+        else:
+            frame, offset = self._frame(data), 0
+        code, ndim = _TORCH_DTYPES.index(name), tensor.ndim
+        return msgpack.ExtType(
+            _TENSOR, _PLACES[ndim].pack(code, ndim, frame, offset, *tensor.shape)
+        )
+
+    def _encoded(self, encoded: Encoded) -> Any:
+        offset = self._append(encoded.pack)
+        first = len(self.frames)
+        self.frames.extend(encoded.frames)
+        place = _NESTED.pack(offset, len(encoded.pack), first, len(encoded.frames))
+        return msgpack.ExtType(_ENCODED, place + encoded.header)
+
+    def _append(self, data: bytes) -> int:
+        offset = self.pack_size
+        size = len(data)
+        self.pack.append(data)
+        padding = _PADDING[size & 15]
+        if padding:
+            self.pack.append(padding)
+        self.pack_size = offset + size + len(padding)
+        return offset
+
+    def _frame(self, data: memoryview) -> int:
+        self.frames.append(data)
+        return len(self.frames)  # 0 is the pack
+
+
+class _Decoder:
+    """Puts arrays and registered classes back into the tree, after checking every place against the
+    buffers."""
+
+    __slots__ = ("buffers", "nesting")
+
+    def __init__(self, buffers: Sequence[Buffer], nesting: int) -> None:
+        self.buffers = buffers
+        self.nesting = nesting
+
+    def extension(self, code: int, data: bytes) -> Any:
+        if code == _ARRAY:
+            return self._array(data)
+        if code == _CLASS:
+            registered = _names.get(data)
+            if registered is None:
+                raise BadFrame(
+                    f"the class {data.decode(errors='replace')} is not registered here: "
+                    "import its module"
+                )
+            return registered
+        if code == _TUPLE:
+            return _tuple_mark
+        if code == _TENSOR:
+            return self._tensor(data)
+        if code == _SCALAR:
+            return _scalar(data)
+        if code == _ENCODED:
+            return self._nested(data)
+        if code == _BIG_INT:
+            return int.from_bytes(data, "little", signed=True)
+        raise BadFrame(f"unknown extension {code} in a payload")
+
+    def _array(self, data: bytes) -> Any:
+        if len(data) == _PLACE_1D.size and data[1] == 1:
+            code, _, frame, offset, length = _PLACE_1D.unpack(data)
+            shape: tuple[int, ...] = (length,)
+            rest = b""
+        else:
+            code, shape, frame, offset, rest = _unpack_place(data)
+        dtype = _described(rest) if code == _OTHER_DTYPE else _NUMPY_DTYPES[code]
+        buffer = self._buffer(frame, offset, math.prod(shape) * dtype.itemsize)
+        return np.ndarray(shape, dtype, buffer, offset)
+
+    def _tensor(self, data: bytes) -> Any:
+        try:
+            import torch
+        except ImportError as error:
+            raise BadFrame(
+                "the payload holds a torch tensor and this interpreter has no torch: "
+                "install it for this stage, or send numpy arrays"
+            ) from error
+        code, shape, frame, offset, _ = _unpack_place(data)
+        dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[code])
+        nbytes = math.prod(shape) * dtype.itemsize
+        buffer = self._buffer(frame, offset, nbytes)
+        if not nbytes:
+            return torch.empty(shape, dtype=dtype)
+        view = memoryview(buffer)[offset : offset + nbytes]
+        writable = bytearray(view) if frame == 0 or view.readonly else view
+        return torch.frombuffer(writable, dtype=torch.uint8).view(dtype).reshape(shape)
+
+    def _nested(self, data: bytes) -> Any:
+        if self.nesting >= MAX_NESTING:
+            raise BadFrame(f"encoded trees are nested deeper than {MAX_NESTING}")
+        offset, length, first, count = _NESTED.unpack_from(data)
+        frames = self.buffers[1 + first : 1 + first + count]
+        if len(frames) != count:
+            raise BadFrame(
+                f"frames {first}..{first + count} of {len(self.buffers) - 1} are missing"
+            )
+        pack: Buffer = b""
+        if length:
+            pack = memoryview(self._buffer(0, offset, length))[offset : offset + length]
+        try:
+            return decode(data[_NESTED.size :], [pack, *frames], self.nesting + 1)
+        except BadFrame as error:
+            return Undecodable(error)
+
+    def _buffer(self, frame: int, offset: int, nbytes: int) -> Buffer:
+        if frame >= len(self.buffers):
+            if not nbytes:
+                return b""
+            raise BadFrame(f"an array lies in buffer {frame}, but {len(self.buffers)} came")
+        buffer = self.buffers[frame]
+        if offset + nbytes > len(buffer):
+            raise BadFrame(
+                f"an array of {nbytes} bytes at {offset} does not fit buffer {frame} "
+                f"of {len(buffer)} bytes"
+            )
+        return buffer
+
+
+_TUPLE_MARKER = msgpack.ExtType(_TUPLE, b"")
+_tuple_mark = object()
+
+
+def _mapping(value: dict[Any, Any]) -> Any:
+    """Undo the one-entry maps that stand for dataclasses and tuples."""
+    if len(value) == 1:
+        key, content = next(iter(value.items()))
+        if type(key) is _Registered:
+            return key.make(content)
+        if key is _tuple_mark:
+            return tuple(content)
+    return value
+
+
+def _unpack_place(data: bytes) -> tuple[int, tuple[int, ...], int, int, bytes]:
+    """Split a place into dtype code, shape, frame, offset, and what follows the shape."""
+    place = _PLACES[data[1]]
+    code, _, frame, offset, *shape = place.unpack_from(data)
+    return code, tuple(shape), frame, offset, data[place.size :]
+
+
+def _scalar(data: bytes) -> Any:
+    code, length = struct.unpack_from("<BI", data)
+    start = 5 + length
+    dtype = _described(data[5:start]) if code == _OTHER_DTYPE else _NUMPY_DTYPES[code]
+    if len(data) != start + dtype.itemsize:
+        raise BadFrame(f"a scalar of {dtype} in {len(data) - start} bytes")
+    return np.ndarray((), dtype, data, start)[()]
+
+
+def _description(dtype: Any, code: int) -> bytes:
+    """Describe a dtype that is not in the table (byte order, text, dates, records). Objects are
+    refused."""
+    if code != _OTHER_DTYPE:
+        return b""
+    if dtype.hasobject or (dtype.kind == "V" and dtype.type is not np.void):
+        raise TypeError(
+            f"a payload cannot hold a numpy array of {dtype}: send numbers, or a torch tensor for "
+            "bfloat16 and float8"
+        )
+    description: bytes = msgpack.packb(np.lib.format.dtype_to_descr(dtype))
+    return description
+
+
+def _described(description: bytes) -> "np.dtype[Any]":
+    def tupled(node: Any) -> Any:
+        # Lists became of both the list of fields and the tuple of each field; fields are those that
+        # start with a name.
+        if not isinstance(node, list):
+            return node
+        if node and isinstance(node[0], list) and not isinstance(node[0][0], int):
+            return [tuple(map(tupled, each)) for each in node]
+        return tuple(map(tupled, node))
+
+    dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(tupled(msgpack.unpackb(description)))
+    if dtype.hasobject:
+        raise BadFrame(f"an array of objects ({dtype}) in a payload")
+    return dtype
