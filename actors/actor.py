@@ -125,7 +125,9 @@ class Actor:
     async def blocking(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run blocking work off the loop, one call at a time; inline on the loop, where breakpoint() works."""
         if self._worker is None:
-            await asyncio.sleep(0)  # the other actors of the loop get their turn between two computations
+            await asyncio.sleep(
+                0
+            )  # the other actors of the loop get their turn between two computations
             return function(*args, **kwargs)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, partial(function, *args, **kwargs))

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import signal
-from pathlib import Path
 
 import msgspec
 
@@ -29,8 +28,7 @@ def run(argument: bytes) -> int:
 
 
 async def _main(spec: ActorSpec) -> int:
-    address = f"ipc://{Path(spec.socket_dir) / f'{spec.actor}.{spec.epoch}'}"
-    endpoint = ZmqEndpoint(spec.peer, address)
+    endpoint = ZmqEndpoint(spec.peer, spec.address)
     host = ActorHost(spec, endpoint)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

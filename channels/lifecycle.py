@@ -26,7 +26,7 @@ class ActorSpec(msgspec.Struct, frozen=True, kw_only=True):
     device_memory_bytes: int | None
     config: bytes  # the job config, MessagePack of JobConfig
     run_dir: str
-    socket_dir: str
+    address: str  # of its mailbox
     weights_dir: str
     cache_dir: str
     flowd_address: str

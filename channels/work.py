@@ -4,6 +4,9 @@ Channels of a job (names and payloads):
     "tickets"   conductor → env       Ticket as a dict; acknowledged when the trainer has the group
     "requests"  env → rollout         the turn of a group: see actors/env/actor.py; acknowledged with the actions
     "groups"    env → trainer         a Group; acknowledged when the trainer holds it
+
+New weights are announced by `channels.weights.WeightsPublished`, trainer to conductor to rollouts: in order, and to an
+actor that joins late the newest.
 """
 
 from typing import Any
@@ -24,15 +27,6 @@ class BeginRun(Message, frozen=True, tag="begin_run"):
 
     run_attempt: int
     step: int
-
-
-class PolicyPublished(Message, frozen=True, tag="policy_published"):
-    """Trainer to conductor, conductor to rollouts: a version can be loaded. In order; late joiners get the newest."""
-
-    run_attempt: int
-    policy_version: int
-    path: str
-    size_bytes: int
 
 
 class GroupReceived(Message, frozen=True, tag="group_received"):
@@ -85,8 +79,6 @@ class Committed(Message, frozen=True, tag="committed"):
 
 class CommitAndPause(Message, frozen=True, tag="commit_and_pause"):
     """Conductor to trainer: commit what you have at this step boundary and take no further step."""
-
-
 
 
 class RankCommand(Message, frozen=True, tag="rank_command"):

@@ -6,6 +6,7 @@ issued and when the job is over (the conductor). Messages of the job's actors co
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -43,7 +44,7 @@ from channels.lifecycle import (
 from channels.messages import Message
 from flowd.budget import RestartBudget
 from flowd.devices import Device
-from flowd.errors import RequestError
+from flowd.errors import FlowdError, RequestError
 from flowd.leasing import LeaseShell
 from flowd.planner import Plan, Replica, plan_scale
 
@@ -173,7 +174,7 @@ class Job:
         self._handed_over: asyncio.Future[None] | None = None
         self._finished: asyncio.Event = asyncio.Event()
         self._packed_config = msgspec.msgpack.encode(config)
-        self._restarting: set[str] = set()
+        self._replacing = asyncio.Lock()
 
     # Life.
 
@@ -287,13 +288,18 @@ class Job:
             device_memory_bytes=device.memory_bytes if device is not None else None,
             config=self._packed_config,
             run_dir=str(self.places.run_dir),
-            socket_dir=str(self.places.socket_dir),
+            address=self._address(record),
             weights_dir=str(self.places.weights_dir),
             cache_dir=str(self.places.cache_dir),
             flowd_address=self.endpoint.address,
             orphan_grace_s=self._orphan_grace_s,
             threads=4 if device is not None and device.kind == "cuda" else 1,
         )
+
+    def _address(self, record: ActorRecord) -> str:
+        # Short: a Unix socket's path holds 107 bytes. The tag keeps two jobs' actors apart.
+        tag = hashlib.sha256(self.name.encode()).hexdigest()[:4]
+        return f"ipc://{self.places.socket_dir}/{tag}{record.name}.{record.epoch}"
 
     def adopt(self, record: ActorRecord, process: Process) -> None:
         """An actor of an earlier flowd that still runs: it will say hello."""
@@ -341,6 +347,8 @@ class Job:
         was_known = record.state in ("ready", "stopping")
         record.state = "gone"
         self.endpoint.disconnect(self._peer(record))
+        if record.address.startswith("ipc://"):
+            Path(record.address.removeprefix("ipc://")).unlink(missing_ok=True)
         for other in self.actors.values():
             if was_known and other.state == "ready" and _meet(record, other):
                 self._send(
@@ -353,15 +361,20 @@ class Job:
         if expected:
             return
         log.warning("job=%s actor=%s lost how=%s", self.name, record.name, how)
-        if record.replica in self._restarting:
-            return
-        self._restarting.add(record.replica)
-        try:
-            await self._replace(record, how)
-        finally:
-            self._restarting.discard(record.replica)
+        self._task(self._replace(record, record.process, how), f"replace-{record.name}")
 
-    async def _replace(self, record: ActorRecord, how: str) -> None:
+    async def _replace(self, record: ActorRecord, dead: Process | None, how: str) -> None:
+        """One at a time: the loss of a conductor, or of one rank, replaces others as well."""
+        async with self._replacing:
+            if record.process is not dead or self._ending is not None:
+                return  # replaced together with another one that was lost
+            try:
+                await self._replace_now(record, how)
+            except* FlowdError as errors:
+                reason = f"{record.name} ({how}) could not be started again: {errors.exceptions[0]}"
+                self._task(self.end("failed", reason), "end")
+
+    async def _replace_now(self, record: ActorRecord, how: str) -> None:
         failure = record.failure
         budget = self._budgets.setdefault(
             record.replica, RestartBudget(MAX_RESTARTS, RESTART_WINDOW_S)
@@ -400,6 +413,8 @@ class Job:
             other.restarts += 1
             other.address = ""
             other.ready_event.clear()
+        for other in again:
+            other.process = None
         await self._spawn_all(again)
 
     async def _kill(self, records: list[ActorRecord]) -> None:

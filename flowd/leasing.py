@@ -46,7 +46,7 @@ class LeaseShell:
 
     def __init__(self, table: LeaseTable, on_change: Callable[[], None] = lambda: None) -> None:
         self.table = table
-        self._on_change = on_change
+        self.on_change = on_change
         self._held: dict[str, _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -64,7 +64,7 @@ class LeaseShell:
         self._held[replica] = _Held(ranks, num_ranks, spans, granted_at=time.time())
         if not known:
             self.table.add(replica, devices)
-            self._on_change()
+            self.on_change()
             for lease in self.table:
                 # Whoever had these devices alone now has somebody to give way to.
                 if (
@@ -158,7 +158,7 @@ class LeaseShell:
                 case Kill():
                     log.warning("lease_kill replica=%s reason=%s", action.replica, action.reason)
                     held.ranks.kill(action.reason)
-        self._on_change()
+        self.on_change()
         self._set_timer()
 
     def _set_timer(self) -> None:

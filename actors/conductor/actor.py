@@ -18,6 +18,7 @@ from actors.conductor.metrics import MetricsWriter
 from actors.randomness import fold
 from channels.lifecycle import FLOWD, HandedOver, HandOver, Introduce, JobFinished
 from channels.messages import Message
+from channels.weights import WeightsPublished
 from channels.work import (
     Admit,
     BeginRun,
@@ -25,7 +26,6 @@ from channels.work import (
     Committed,
     Drop,
     GroupReceived,
-    PolicyPublished,
     StageTimes,
     StepDone,
     TrainerReady,
@@ -56,7 +56,7 @@ class ConductorActor(Actor):
             MetricsWriter, self.run_dir, tensorboard=self.config.metrics.tensorboard
         )
         self.trainer: Introduce | None = None
-        self.newest: PolicyPublished | None = None
+        self.newest: WeightsPublished | None = None
         self.run_attempt = -1  # the first BeginRun makes it 0, or one more than the ledger knows
         self.received: dict[int, GroupReceived] = {}
         self.rewards: list[float] = []  # mean reward of each step, for stop_reward
@@ -79,9 +79,7 @@ class ConductorActor(Actor):
             work.cancel()
         for group in self.issuer.unfinished:
             self.ledger.discard_current(group, "cancelled")
-        self.endpoint.send(
-            FLOWD, JobFinished(job=self.spec.job, state=state, reason=reason)
-        )
+        self.endpoint.send(FLOWD, JobFinished(job=self.spec.job, state=state, reason=reason))
 
     async def leave(self) -> None:
         """Nothing is in flight here that the ledger does not know."""
@@ -115,7 +113,7 @@ class ConductorActor(Actor):
             match message:
                 case TrainerReady():
                     await self._begin_run(message)
-                case PolicyPublished():
+                case WeightsPublished():
                     await self._published(message)
                 case GroupReceived():
                     self._group_received(message)
@@ -161,7 +159,7 @@ class ConductorActor(Actor):
         self.step_began = time.monotonic()
         self.progress.set()
 
-    async def _published(self, message: PolicyPublished) -> None:
+    async def _published(self, message: WeightsPublished) -> None:
         if message.run_attempt != self.run_attempt:
             return
         first = self.newest is None
@@ -330,9 +328,7 @@ class ConductorActor(Actor):
         if self.finishing is not None and message.step == self.issuer.version:
             self._end(*self.finishing)
         elif self.handing_over is not None and message.step == self.issuer.version:
-            self.endpoint.send(
-                FLOWD, HandedOver(job=self.spec.job, replica=self.handing_over)
-            )
+            self.endpoint.send(FLOWD, HandedOver(job=self.spec.job, replica=self.handing_over))
 
     def _finish(self, state: str, reason: str) -> None:
         """End the job once the trainer has committed where it stands."""

@@ -126,6 +126,8 @@ class EnvActor(Actor):
             for task in (play, cancelled):
                 task.cancel()
             await asyncio.gather(play, cancelled, return_exceptions=True)
+            if item.cancelled and not item.finished:
+                item.ack()  # frees its place; nobody waits for it
             self.playing -= 1
             self._account()
 

@@ -20,5 +20,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """Attention heads; also key and value heads."""
     intermediate_size: Annotated[int, Meta(ge=8)] = 512
     """Width of the MLP."""
+    initializer_range: Annotated[float, Meta(gt=0)] = 0.02
+    """Standard deviation of the random weights; small models learn sooner near 1 / sqrt(hidden_size)."""
     tokenizer: str = "characters"
     """The built-in tokenizer: "characters" (digits, letters, punctuation, one token each, with a chat template)."""

@@ -11,6 +11,7 @@ node's host copy), or at least `version`. When weights are swapped is [rollout] 
 import asyncio
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from actors.randomness import fold
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.messages import Message
-from channels.weights import WeightsDirectory
-from channels.work import PolicyPublished, StageTimes
+from channels.weights import WeightsDirectory, WeightsPublished
+from channels.work import StageTimes
 
 KEY_OF_SAMPLE = 2  # purpose of the key that a turn's draws come from
 ADVANCE_S = 0.05  # engine steps between two looks at the mailbox
@@ -78,11 +79,11 @@ class RolloutActor(Actor):
         self.by_request: dict[int, tuple[Work, int]] = {}
         self.next_id = 0
         self.order = 0
-        self.newest: PolicyPublished | None = None
+        self.newest: WeightsPublished | None = None
         self.loaded = (-1, -1)  # (run attempt, version)
         self.wake = asyncio.Event()
         self.weights = WeightsDirectory(
-            self.spec.weights_dir, keep=self.config.job.max_staleness + 2
+            Path(self.spec.weights_dir), keep=self.config.job.max_staleness + 2
         )
         per_item = max(1, config.max_running // config.group_size)
         self.requests = self.router.consumer("requests", capacity=max(2, int(per_item * PREFETCH)))
@@ -135,7 +136,7 @@ class RolloutActor(Actor):
 
     def on_message(self, sender: str, message: Message, payload: Any) -> None:
         """New weights can be loaded."""
-        if isinstance(message, PolicyPublished):
+        if isinstance(message, WeightsPublished):
             key = (message.run_attempt, message.policy_version)
             if self.newest is None or key > (
                 self.newest.run_attempt,
@@ -189,7 +190,7 @@ class RolloutActor(Actor):
     def _deliver(self) -> None:
         finished, self.finished = self.finished, []
         for work, actions in finished:
-            work.item.ack(actions)
+            work.item.ack(None if work.item.cancelled else actions)
             self.delivered()
 
     def _version_to_load(self) -> tuple[int, int] | None:
@@ -233,6 +234,7 @@ class RolloutActor(Actor):
         for works in (self.pending, self.running):
             for work in [w for w in works if w.item.cancelled]:
                 works.remove(work)
+                work.item.ack()  # frees its place; nobody waits for it
                 ids = [i for i, (owner, _) in self.by_request.items() if owner is work]
                 if ids and self.engine is not None:
                     self.engine.abort(ids)

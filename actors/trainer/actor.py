@@ -34,7 +34,6 @@ from channels.work import (
     Committed,
     Drop,
     GroupReceived,
-    PolicyPublished,
     RankCommand,
     RankReply,
     StepDone,
@@ -53,7 +52,7 @@ class TrainerActor(Actor):
         self.leader = self.spec.rank == 0
         self.offloaded = False
         self.engine: TrainingEngine | None = None
-        self.weights = WeightsDirectory(self.spec.weights_dir, keep=job.max_staleness + 2)
+        self.weights = WeightsDirectory(Path(self.spec.weights_dir), keep=job.max_staleness + 2)
         self.commands: asyncio.Queue[Command] = asyncio.Queue()
         self.rank_commands: asyncio.Queue[tuple[RankCommand, Any]] = asyncio.Queue()
         self.replies: dict[tuple[str, int], asyncio.Future[None]] = {}
@@ -281,14 +280,7 @@ class TrainerActor(Actor):
         published = await self.compute(
             "publish", self.weights.publish, self.run_attempt, self.step, self.engine.weights()
         )
-        self._tell(
-            PolicyPublished(
-                run_attempt=self.run_attempt,
-                policy_version=self.step,
-                path=str(published.path),
-                size_bytes=published.size_bytes,
-            )
-        )
+        self._tell(published)
 
     async def _commit(self) -> None:
         manifest = Manifest(
