@@ -1,0 +1,58 @@
+"""`flowctl run`: run a job without a daemon, in this process."""
+
+import argparse
+
+from flowd.commands.submit import add_set
+
+NAME = "run"
+HELP = "run a job inline: one process, one event loop, no daemon; breakpoint() works in any stage"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job_file", metavar="JOB.toml")
+    parser.add_argument("--inline", action="store_true", help="required; for a daemon: submit")
+    add_set(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from flowd.errors import RequestError
+    from flowd.follow import conclude, make_view
+    from flowd.job import dump_job, load_job
+    from flowd.runs import paths_of
+    from flowd.watched import update_of
+
+    if not args.inline:
+        raise RequestError(
+            f"`flowctl run {args.job_file}` needs --inline, which runs the job in this process; "
+            f"to run it on flowd: `flowctl submit {args.job_file} --follow`"
+        )
+    config = load_job(args.job_file, args.set)
+    name = config.job.name
+    paths = paths_of(args)
+    run_paths = paths.run(name)
+    try:
+        run_paths.root.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        raise RequestError(
+            f'job "{name}" exists already in {paths.runs}: choose another name with '
+            f"--set job.name={name}-2, or remove {run_paths.root}"
+        ) from None
+    run_paths.job_toml.write_text(dump_job(config))
+
+    from flowd.inline import run_inline  # after the checks: it loads what actors compute with
+
+    # Never live: a debugger's prompt needs the terminal.
+    with make_view(name, as_json=args.json, live=False) as view:
+        view.watched.steps = config.job.steps
+        job = asyncio.run(
+            run_inline(
+                config,
+                run_paths.root,
+                paths.cache,
+                lambda kind, data: view.show(update_of(kind, data)),
+            )
+        )
+        view.show({"event": "status", "status": job.status()})
+    return conclude(view.watched)

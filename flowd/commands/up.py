@@ -1,0 +1,127 @@
+"""`flowd up`: start the daemon."""
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowd.paths import StatePaths
+
+NAME = "up"
+HELP = "start flowd on this machine, in the foreground or with --detach in the background"
+READY_DEADLINE_S = 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--devices",
+        default="auto",
+        metavar="SPEC",
+        help="auto (all GPUs, else virtual devices, one per core), cpu:N, or GPU numbers as in 0,1",
+    )
+    parser.add_argument(
+        "--listen", metavar="tcp://IP:PORT", help="take other nodes' and tools' connections there"
+    )
+    parser.add_argument("--detach", action="store_true", help="return once it is ready")
+    # The started half of --detach writes here, once: its pid when it is ready, or why it is not.
+    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    from flowd.errors import FlowdError
+    from flowd.runs import paths_of
+
+    paths = paths_of(args)
+    if args.detach:
+        return _detach(args, paths)
+    try:
+        return _serve(args, paths)
+    except FlowdError as error:
+        _tell(args.ready_fd, {"error": str(error), "exit_code": error.exit_code})
+        raise
+
+
+def _serve(args: argparse.Namespace, paths: "StatePaths") -> int:
+    from flowd.console import hint, print_json
+    from flowd.devices import inventory
+    from flowd.errors import RequestError
+
+    try:
+        devices = inventory(args.devices)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+    def ready() -> None:
+        known = {
+            "pid": os.getpid(),
+            "state_dir": str(paths.root),
+            "devices": [d.id for d in devices],
+        }
+        _tell(args.ready_fd, known)
+        if args.ready_fd is None and args.json:
+            print_json(known)
+        elif args.ready_fd is None:
+            hint(f"flowd is up (pid {os.getpid()}): {len(devices)} devices, state in {paths.root}")
+
+    from flowd.daemon import serve
+
+    return serve(paths, devices, listen=args.listen, ready=ready)
+
+
+def _detach(args: argparse.Namespace, paths: "StatePaths") -> int:
+    """Start `flowd up` in a session of its own, and wait until it is ready or has failed."""
+    import select
+    import subprocess
+
+    from flowd import lockfile
+    from flowd.console import hint, print_json
+    from flowd.errors import FlowdError, RequestError
+
+    lockfile.acquire(paths.lock).release()  # the common refusal, before anything is started
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "flowd", "up", "--devices", args.devices]
+    command += ["--state-dir", str(paths.root), "--ready-fd", str(writer)]
+    command += ["--listen", args.listen] if args.listen else []
+    try:
+        with paths.log.open("ab") as output:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(writer,),
+                start_new_session=True,
+            )
+        os.close(writer)
+        answered, _, _ = select.select([reader], [], [], READY_DEADLINE_S)
+        line = os.read(reader, 65536) if answered else b""
+    finally:
+        os.close(reader)
+    if not line:
+        if answered:
+            child.wait()
+            raise FlowdError(f"flowd ended before it was ready: see the last lines of {paths.log}")
+        child.kill()
+        child.wait()
+        raise FlowdError(
+            f"flowd was not ready within {READY_DEADLINE_S:g} s and was stopped: see {paths.log}"
+        )
+    answer = json.loads(line)
+    if "error" in answer:
+        child.wait()
+        raise (RequestError if answer["exit_code"] == 2 else FlowdError)(answer["error"])
+    if args.json:
+        print_json(answer)
+    else:
+        num_devices = len(answer["devices"])
+        hint(f"flowd is up (pid {answer['pid']}): {num_devices} devices, state in {paths.root}")
+    child.returncode = 0  # it is flowd now, not ours to wait for
+    return 0
+
+
+def _tell(descriptor: int | None, answer: dict[str, object]) -> None:
+    if descriptor is not None:
+        os.write(descriptor, json.dumps(answer).encode())
+        os.close(descriptor)

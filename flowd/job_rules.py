@@ -1,0 +1,204 @@
+"""What must hold in a job beyond type and range of single keys. Reads the disk, starts nothing."""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sim.registry import TASKS
+
+from actors.job_config import JobConfig
+from flowd.errors import JobFileError
+from flowd.toml_text import value_text
+
+CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("job", "mode"): ("disaggregated", "collocated"),
+    ("rollout", "adopt"): ("group", "turn", "token"),
+    ("rollout", "dtype"): ("float32", "bfloat16"),
+    ("trainer", "dtype"): ("float32", "bfloat16"),
+    ("algorithm", "name"): ("grpo",),
+    ("algorithm", "loss_aggregation"): ("token", "sequence"),
+    ("model", "tokenizer"): ("characters",),
+}
+STAGES_WITH_PYTHON = ("env", "rollout", "trainer")
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass
+class Origin:
+    """Where the values of a job come from: the file, and the keys that --set gave."""
+
+    name: str
+    overridden: set[tuple[str, str]] = field(default_factory=set)
+
+    def where(self, section: str, key: str | None = None) -> str:
+        """How a sentence about a key begins."""
+        given = [
+            f"--set {s}.{k}"
+            for s, k in sorted(self.overridden)
+            if s == section and key in (None, k)
+        ]
+        return f"{self.name} with {given[0]}" if given else self.name
+
+
+def resolve_paths(config: JobConfig) -> JobConfig:
+    """Make paths absolute: actors do not share the user's working directory.
+
+    Links stay as they are: the python of a virtual environment is one, and means another
+    interpreter when followed.
+    """
+    sections: dict[str, Any] = {}
+    if config.model.path is not None:
+        sections["model"] = msgspec.structs.replace(config.model, path=_absolute(config.model.path))
+    if isinstance(path := config.env.args.get("path"), str):
+        args = {**config.env.args, "path": _absolute(path)}
+        sections["env"] = msgspec.structs.replace(config.env, args=args)
+    for stage in STAGES_WITH_PYTHON:
+        section = sections.get(stage, getattr(config, stage))
+        if section.python is not None:
+            python = section.python
+            found = _absolute(python) if os.sep in python else shutil.which(python) or python
+            sections[stage] = msgspec.structs.replace(section, python=found)
+    return msgspec.structs.replace(config, **sections) if sections else config
+
+
+def check_rules(config: JobConfig, origin: Origin) -> None:
+    """Raise JobFileError for the first rule that the job breaks."""
+
+    def require(holds: bool, section: str, key: str, sentence: str) -> None:
+        if not holds:
+            value = value_text(getattr(getattr(config, section), key))
+            raise JobFileError(
+                f"{origin.where(section, key)}: [{section}] {key} = {value} {sentence}"
+            )
+
+    _check_values(config, origin)
+    for (section, key), known in CHOICES.items():
+        value = getattr(getattr(config, section), key)
+        require(value in known, section, key, f"is not known; {_near(value, known)}")
+    _check_task(config, require)
+    _check_model(config, require)
+    _check_sizes(config, require)
+    for stage in STAGES_WITH_PYTHON:
+        python = getattr(config, stage).python
+        require(
+            python is None or (os.path.isfile(python) and os.access(python, os.X_OK)),
+            stage,
+            "python",
+            "is not a program that can be run; "
+            "give the python of a virtual environment, as in /path/to/.venv/bin/python",
+        )
+
+
+def _check_task(config: JobConfig, require: Any) -> None:
+    task = config.env.task
+    require(
+        task in TASKS or IMPORT_PATH.fullmatch(task) is not None,
+        "env",
+        "task",
+        f"is not a task; {_near(task, TASKS)}; or write an import path, module:Class",
+    )
+    path = config.env.args.get("path")
+    require(
+        not isinstance(path, str) or os.path.exists(path),
+        "env",
+        "args",
+        f"names a file that does not exist: {path}; "
+        "relative paths are taken from the working directory",
+    )
+
+
+def _check_model(config: JobConfig, require: Any) -> None:
+    model = config.model
+    if model.path is not None:
+        folder = Path(model.path)
+        downloads = "give a Hugging Face model folder; flowd downloads none"
+        require(folder.exists(), "model", "path", f"does not exist; {downloads}")
+        require(folder.is_dir(), "model", "path", f"is not a folder; {downloads}")
+        require(
+            (folder / "config.json").is_file(),
+            "model",
+            "path",
+            f"has no config.json in it; {downloads}",
+        )
+        return
+    unit = 2 * model.num_heads
+    require(
+        model.hidden_size % unit == 0,
+        "model",
+        "hidden_size",
+        f"must be a multiple of {unit}, twice num_heads (heads of even width); "
+        f"use {-(-model.hidden_size // unit) * unit}",
+    )
+
+
+def _check_sizes(config: JobConfig, require: Any) -> None:
+    rollout = config.rollout
+    require(
+        not (config.algorithm.name == "grpo" and rollout.group_size == 1),
+        "rollout",
+        "group_size",
+        "gives zero advantage everywhere, so nothing is learned: grpo compares the samples of one "
+        "prompt; use 2 or more",
+    )
+    require(
+        rollout.group_size <= rollout.max_running,
+        "rollout",
+        "group_size",
+        f"does not fit max_running = {rollout.max_running}: one engine samples a group side by "
+        f"side; use at most {rollout.max_running}, or raise max_running",
+    )
+    require(
+        rollout.max_new_tokens < rollout.max_context_tokens,
+        "rollout",
+        "max_new_tokens",
+        f"leaves no room for a prompt in max_context_tokens = {rollout.max_context_tokens}; "
+        f"use less, or raise max_context_tokens",
+    )
+    require(
+        all(0 <= beta < 1 for beta in config.trainer.betas),
+        "trainer",
+        "betas",
+        "is out of range: both decay rates must be at least 0 and less than 1; "
+        "the default is [0.9, 0.95]",
+    )
+
+
+def _check_values(config: JobConfig, origin: Origin) -> None:
+    """Numbers are finite, and values are of the types that the wire carries."""
+    for section in config.__struct_fields__:
+        for key, value in msgspec.structs.asdict(getattr(config, section)).items():
+            for leaf in _leaves(value):
+                shown = f"{origin.where(section, key)}: [{section}] {key} holds {leaf}"
+                if isinstance(leaf, float) and not math.isfinite(leaf):
+                    raise JobFileError(f"{shown}: numbers must be finite; give a number")
+                if not isinstance(leaf, str | int | float | None):
+                    raise JobFileError(
+                        f"{shown}: dates and times are not values of a job; put it in quotes"
+                    )
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
