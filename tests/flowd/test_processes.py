@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import pytest
 import uvloop
 
@@ -499,13 +500,76 @@ def test_failing_preload_is_a_warning(play):
     play(scenario)
 
 
-def test_start_that_fails_leaves_nothing(play, tmp_path):
+def test_forked_actors_compute_with_preloaded_torch(play):
+    """torch's thread pools start in the actor, with the size asked for; none exists in the zygote."""
+
+    async def scenario(stage: Stage) -> None:
+        client = stage.client()
+        await client.start(stage.state_dir, preload=("torch",))
+        assert client.warnings == []
+        for threads in ("1", "2"):
+            environment = {"FLOWD_TORCH_THREADS": threads}
+            handle = await stage.spawn(client, "compute_with_torch", environment=environment)
+            facts = (await stage.introductions.get()).facts
+            assert await handle.exited == ExitStatus(exit_code=0)
+            assert facts["threads"] == int(threads)
+            assert facts["gradient"] == 3 * 2 * 256  # d/dw of sum(w @ w) at ones, three times
+
+    play(scenario)
+
+
+def has_gpu() -> bool:
+    try:
+        pynvml.nvmlInit()
+        return bool(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return False
+
+
+needs_gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_forked_actor_computes_on_the_device_it_is_shown(play):
+    """A zygote with torch imported leaves CUDA alone, so each child may choose its device."""
+
+    async def scenario(stage: Stage) -> None:
+        client = stage.client()
+        await client.start(stage.state_dir, preload=("torch",))
+        environment = {"CUDA_VISIBLE_DEVICES": "0"}
+        for _ in range(2):
+            handle = await stage.spawn(client, "compute_on_gpu", environment=environment)
+            facts = (await stage.introductions.get()).facts
+            assert await handle.exited == ExitStatus(exit_code=0)
+            assert (facts["total"], facts["devices"]) == (8.0, 1)
+
+    play(scenario)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_zygote_that_initialised_cuda_refuses_to_fork(play, tmp_path, monkeypatch):
+    """A child could not use any device; the reason names the preload list."""
+    (tmp_path / "initialises_cuda.py").write_text("import torch\ntorch.cuda.init()\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ENTRIES), str(tmp_path)]))
+
+    async def scenario(stage: Stage) -> None:
+        client = stage.client()
+        await client.start(stage.state_dir, preload=("initialises_cuda",))
+        with pytest.raises(SpawnError, match="preload list"):
+            await stage.spawn(client, "describe")
+
+    play(scenario)
+
+
+def test_start_that_fails_leaves_nothing(play, tmp_path, monkeypatch):
     """A fork server that is not ready in time is killed, not left to finish its imports."""
     module = tmp_path / "imports_forever.py"
     module.write_text("import signal\nwhile True:\n    signal.pause()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     async def scenario(stage: Stage) -> None:
-        os.environ["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"  # undone by the fixture's monkeypatch
         client = stage.client()
         with pytest.raises(ZygoteLost, match=r"not ready within 0\.3 s"):
             await client.start(stage.state_dir, preload=("imports_forever",), ready_timeout_s=0.3)

@@ -54,6 +54,24 @@ def describe(argument):
     return argument.get("code")
 
 
+def compute_with_torch(argument):
+    """Forward and backward passes large enough for torch's thread pools."""
+    import torch
+
+    weights = torch.ones(256, 256, requires_grad=True)
+    for _ in range(3):
+        (weights @ weights).sum().backward()
+    _introduce(argument, threads=torch.get_num_threads(), gradient=weights.grad[0, 0].item())
+
+
+def compute_on_gpu(argument):
+    """Use the one device that the environment of this actor shows."""
+    import torch
+
+    total = torch.ones(8, device="cuda").sum().item()
+    _introduce(argument, total=total, devices=torch.cuda.device_count())
+
+
 def count_bytes(argument):
     """The argument is bytes here; the exit code is their number."""
     assert isinstance(argument, bytes)
