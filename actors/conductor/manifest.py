@@ -1,0 +1,150 @@
+"""The checkpoint's manifest: the commit point of a job, and the truth about what was trained.
+
+`checkpoints/step-XXXXXXXX/manifest.json` becomes visible by one rename, after the weights beside it
+are on disk. It names every group that these weights contain, from the first step on. In the file
+they are sorted half-open ranges that do not touch: [[0, 96], [97, 128]] is 0 to 127 without 96.
+That is exact for any set, and small, because groups are trained nearly in the order of their
+indices: what stands out are the few that were discarded or are late.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+FILE = "manifest.json"
+FORMAT = 1
+
+
+class ManifestError(Exception):
+    """Raised when a manifest on disk is not one, or contradicts its place or itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint contains.
+
+    step: trainer steps done, so that steps 0 to step - 1 are in it; 0 is before the first
+    policy_version: of the weights    run_attempt: in which it was committed
+    groups: index of every group trained in those steps
+    """
+
+    step: int
+    policy_version: int
+    run_attempt: int
+    groups: frozenset[int] = frozenset()
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True):
+    format: int
+    step: int
+    policy_version: int
+    run_attempt: int
+    groups: list[tuple[int, int]]
+
+
+def to_ranges(groups: Iterable[int]) -> list[tuple[int, int]]:
+    """Indices as sorted half-open ranges that neither overlap nor touch."""
+    ranges: list[tuple[int, int]] = []
+    for group in sorted(groups):
+        if ranges and group == ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], group + 1)
+        else:
+            ranges.append((group, group + 1))
+    return ranges
+
+
+def from_ranges(ranges: Sequence[tuple[int, int]]) -> frozenset[int]:
+    """The indices. Raises ValueError for ranges that are not as `to_ranges` makes them."""
+    end = -1
+    for start, stop in ranges:
+        if not end < start < stop:
+            raise ValueError(f"range [{start}, {stop}] after {end}: ranges ascend and never touch")
+        end = stop
+    return frozenset(group for start, stop in ranges for group in range(start, stop))
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def write_manifest(run_dir: Path, manifest: Manifest) -> Path:
+    """Commit: when this returns the checkpoint counts, also after a power cut. Returns the file.
+
+    The weights beside it have to be on disk before (written and fsynced by whoever wrote them).
+    """
+    directory = checkpoint_dir(run_dir, manifest.step)
+    directory.mkdir(parents=True, exist_ok=True)
+    content = _File(
+        format=FORMAT,
+        step=manifest.step,
+        policy_version=manifest.policy_version,
+        run_attempt=manifest.run_attempt,
+        groups=to_ranges(manifest.groups),
+    )
+    path = directory / FILE
+    partial = directory / f".{FILE}.partial"
+    with open(partial, "wb") as file:
+        file.write(msgspec.json.encode(content) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    for folder in (directory, directory.parent, run_dir):
+        _sync_directory(folder)  # the names on the way to the file have to last as well
+    return path
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read one manifest. Raises ManifestError if it is not what `write_manifest` writes."""
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=_File)
+        groups = from_ranges(content.groups)
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}") from error
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ManifestError(_bad(path, str(error))) from error
+    if content.format != FORMAT:
+        raise ManifestError(
+            f"{path} has format {content.format}, and this version reads {FORMAT}: "
+            "use the version that wrote it"
+        )
+    if path.parent.name != checkpoint_dir(path, content.step).name:
+        raise ManifestError(_bad(path, f"it says step {content.step}"))
+    return Manifest(
+        step=content.step,
+        policy_version=content.policy_version,
+        run_attempt=content.run_attempt,
+        groups=groups,
+    )
+
+
+def newest_manifest(run_dir: Path) -> Manifest | None:
+    """The last commit of a run; None before the first. Raises ManifestError if that one is bad.
+
+    Directories without a manifest are checkpoints that were never finished, and do not count.
+    """
+    steps = [
+        int(match[1])
+        for path in (run_dir / "checkpoints").glob(f"step-*/{FILE}")
+        if (match := re.fullmatch(r"step-(\d{8,})", path.parent.name))
+    ]
+    return read_manifest(checkpoint_dir(run_dir, max(steps)) / FILE) if steps else None
+
+
+def _bad(path: Path, what: str) -> str:
+    return (
+        f"{path} is not a sound manifest: {what}; "
+        "remove its step's directory to go on from the checkpoint before"
+    )
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
