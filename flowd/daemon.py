@@ -40,7 +40,7 @@ from flowd.jobs import ActorRecord, Job, JobPlaces, Process
 from flowd.leases import LeaseTable
 from flowd.leasing import LeaseShell
 from flowd.paths import StatePaths
-from flowd.planner import Plan, Replica, plan
+from flowd.planner import Plan, plan
 from flowd.processes import (
     DEFAULT_PRELOAD,
     SOCKET_NAME,
@@ -150,7 +150,7 @@ class FlowdDaemon:
         sockets = self.paths.sockets
         self._endpoint = ZmqEndpoint(FLOWD, f"ipc://{sockets / 'flowd.sock'}")
         self._endpoint.on_message = self._on_message
-        router = zmq.Context.instance().socket(zmq.ROUTER)
+        router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         router.bind(self.paths.control_address)
         self._control = DrainedSocket(router, self._on_request)

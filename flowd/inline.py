@@ -1,7 +1,7 @@
 """Inline mode: every actor of a job in one event loop of one process, no daemon, no copies.
 
-The actors, the conversation with flowd, leases, ledger and checkpoints are those of the real thing; blocking work runs on the
-loop, so a debugger, a profiler and `breakpoint()` work in any stage.
+The actors, the conversation with flowd, leases, ledger and checkpoints are those of the real thing; blocking work runs on
+the loop, so a debugger, a profiler and `breakpoint()` work in any stage.
 """
 
 import asyncio
@@ -17,15 +17,10 @@ from actors.job_config import JobConfig
 from channels.endpoint import InlineHub
 from channels.lifecycle import ActorSpec
 from channels.messages import Message
-from flowd.console import failure, hint, print_json, traceback_of
 from flowd.devices import inventory
-from flowd.errors import JobFailed, RequestError
-from flowd.follow import Watched, step_line
-from flowd.job import dump_job
 from flowd.jobs import Job, JobPlaces, Process
 from flowd.leases import LeaseTable
 from flowd.leasing import LeaseShell
-from flowd.paths import StatePaths
 from flowd.planner import plan
 
 Emit = Callable[[str, dict[str, Any]], None]
@@ -37,7 +32,7 @@ class InlineProcess:
     def __init__(self, host: Any, endpoint: Any) -> None:
         self.pid = os.getpid()
         self._task = asyncio.create_task(host.main(), name=host.spec.actor)
-        self.exited = asyncio.create_task(self._wait(endpoint))
+        self.exited: asyncio.Future[Any] = asyncio.create_task(self._wait(endpoint))
 
     async def _wait(self, endpoint: Any) -> str:
         outcome = (await asyncio.gather(self._task, return_exceptions=True))[0]
@@ -50,37 +45,7 @@ class InlineProcess:
         self._task.cancel()
 
 
-def run_inline(config: JobConfig, paths: StatePaths, *, as_json: bool) -> int:
-    """Run a job in this process and show its steps; the exit code of `flowctl run --inline`."""
-    name = config.job.name
-    run = paths.run(name)
-    if run.root.exists():
-        raise RequestError(
-            f'job "{name}" exists already in {run.root}: give this one another name with '
-            f"--set job.name={name}-2"
-        )
-    run.root.mkdir(mode=0o700, parents=True)
-    run.job_toml.write_text(dump_job(config))
-    watched = Watched(name, steps=config.job.steps)
-
-    def emit(kind: str, data: dict[str, Any]) -> None:
-        body = {"metrics": data} if kind == "step" else data
-        update = {"event": kind, "job": name, **body}
-        watched.apply(update)
-        if as_json:
-            print_json(update)
-        elif kind == "step":
-            print(step_line(watched), flush=True)
-        elif kind == "job":
-            hint(f'job "{name}" {data["state"]}')
-
-    job = asyncio.run(run_job(config, run.root, paths.cache, emit))
-    if job.state != "done":
-        raise JobFailed(failure(job.status()), traceback_of(job.status()))
-    return 0
-
-
-async def run_job(config: JobConfig, run_dir: Path, cache_dir: Path, emit: Emit) -> Job:
+async def run_inline(config: JobConfig, run_dir: Path, cache_dir: Path, emit: Emit) -> Job:
     """Run a job to its end and return it; emit(kind, data) is called for every event."""
     # The actor room is loaded by name: flowd itself stays free of torch.
     host_class = import_module("actors.host").ActorHost

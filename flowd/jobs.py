@@ -6,8 +6,10 @@ issued and when the job is over (the conductor). Messages of the job's actors co
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -348,7 +350,8 @@ class Job:
         record.state = "gone"
         self.endpoint.disconnect(self._peer(record))
         if record.address.startswith("ipc://"):
-            Path(record.address.removeprefix("ipc://")).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # an actor that was killed left its socket
+                os.unlink(record.address.removeprefix("ipc://"))
         for other in self.actors.values():
             if was_known and other.state == "ready" and _meet(record, other):
                 self._send(
@@ -402,11 +405,12 @@ class Job:
             again = [r for r in self.actors.values() if r.replica == record.replica]
             victims = [r for r in again if r.state != "gone"]
         await self._kill(victims)
-        for replica in {r.replica for r in again}:
-            if any(r.devices for r in again if r.replica == replica):
-                self.leases.remove(self._lease_name(replica))
+        replaced = {r.replica for r in again}
         for replica in self.plan.replicas:
-            if replica.devices and replica.id in {r.replica for r in again}:
+            if replica.devices and replica.id in replaced:
+                self.leases.remove(self._lease_name(replica.id))
+        for replica in self.plan.replicas:
+            if replica.devices and replica.id in replaced:
                 self._lease(replica)
         for other in again:
             other.epoch += 1
@@ -619,10 +623,11 @@ class Job:
         """Have the trainer commit at a step boundary."""
         self._handed_over = asyncio.get_running_loop().create_future()
         self._send(self.actors["conductor"], HandOver(replica=replica))
-        ended = asyncio.create_task(self.ended.wait())
+        ended: asyncio.Future[Any] = asyncio.create_task(self.ended.wait())
+        over: asyncio.Future[Any] = self._handed_over
         try:
             await asyncio.wait(
-                {self._handed_over, ended},
+                {over, ended},
                 timeout=HAND_OVER_S,
                 return_when=asyncio.FIRST_COMPLETED,
             )

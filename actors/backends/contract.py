@@ -69,6 +69,11 @@ class GenerationEngine(Protocol):
         ...
 
     @property
+    def free_slots(self) -> int:
+        """Requests that can be added now."""
+        ...
+
+    @property
     def version(self) -> int:
         """The policy version of the weights in use; -1 before the first."""
         ...

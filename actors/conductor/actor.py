@@ -77,8 +77,7 @@ class ConductorActor(Actor):
             state, reason = await self.ended
             watch.cancel()
             work.cancel()
-        for group in self.issuer.unfinished:
-            self.ledger.discard_current(group, "cancelled")
+        self.ledger.cancel_open()
         self.endpoint.send(FLOWD, JobFinished(job=self.spec.job, state=state, reason=reason))
 
     async def leave(self) -> None:
@@ -120,7 +119,7 @@ class ConductorActor(Actor):
                 case StepDone():
                     await self._step_done(message)
                 case Committed():
-                    self._committed(message)
+                    await self._committed(message)
                 case StageTimes():
                     self.stage_seconds[sender] = message.seconds
                 case HandOver():
@@ -132,7 +131,8 @@ class ConductorActor(Actor):
         """A trainer stands at a commit: go on from there."""
         manifest = newest_manifest(self.run_dir)
         # The trainer has just loaded that commit; another step would mean that two trainers write here.
-        assert manifest is not None and manifest.step == ready.step
+        assert manifest is not None
+        assert manifest.step == ready.step
         begun_before = self.run_attempt >= 0
         self.run_attempt = max(self.run_attempt, self.ledger.last_run_attempt()) + 1
         rolled_back = self.ledger.reconcile(manifest, self.run_attempt)
@@ -320,10 +320,10 @@ class ConductorActor(Actor):
             self.stage_seen[actor] = seconds
         return times
 
-    def _committed(self, message: Committed) -> None:
+    async def _committed(self, message: Committed) -> None:
         if message.run_attempt != self.run_attempt:
             return
-        self.ledger.commit(message.step, message.policy_version)
+        await self.blocking(self.ledger.commit, message.step, message.policy_version)
         self.event("commit", step=message.step)
         if self.finishing is not None and message.step == self.issuer.version:
             self._end(*self.finishing)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from sim.registry import make
 
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
@@ -25,7 +26,6 @@ from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.work import StageTimes
 from sim.contract import Environment
-from sim.registry import make
 
 
 @dataclass

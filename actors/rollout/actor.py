@@ -87,16 +87,22 @@ class RolloutActor(Actor):
         )
         per_item = max(1, config.max_running // config.group_size)
         self.requests = self.router.consumer("requests", capacity=max(2, int(per_item * PREFETCH)))
-        self.model, self.policy = await self.blocking(self._build)
+        self.model, self.policy, self.pad_token = await self.blocking(self._build)
 
-    def _build(self) -> tuple[Any, Policy]:
+    def _build(self) -> tuple[Any, Policy, int]:
+        import torch
+
         from actors.models.loading import build_model
         from actors.models.text_policy import TextPolicy
 
         model, tokenizer = build_model(
-            self.config.model, seed=self.config.job.seed, dtype=self.config.rollout.dtype
+            self.config.model,
+            seed=self.config.job.seed,
+            dtype=getattr(torch, self.config.rollout.dtype),
         )
-        return model, TextPolicy(tokenizer)
+        policy = TextPolicy(tokenizer, generation_config=model.generation_config)
+        pad_token = tokenizer.pad_token_id
+        return model, policy, policy.stop_tokens[0] if pad_token is None else pad_token
 
     async def run(self) -> None:
         """Generate while there is something to generate."""
@@ -254,6 +260,7 @@ class RolloutActor(Actor):
                 self.model,
                 max_running=config.max_running,
                 max_context_tokens=config.max_context_tokens,
+                pad_token=self.pad_token,
                 device="cuda" if self.spec.devices[0].startswith("cuda") else "cpu",
                 dtype=getattr(torch, config.dtype),
             )
@@ -301,11 +308,9 @@ class RolloutActor(Actor):
     def _has_room(self, requests: list[GenerationRequest]) -> bool:
         """All samples of a turn start together."""
         assert self.engine is not None
-        room = self.config.rollout.max_running - self.engine.num_running
         if len(requests) > self.config.rollout.max_running:
-            room = self.config.rollout.max_running if not self.engine.num_running else 0
-            return room > 0
-        return len(requests) <= room and self.engine.can_admit(requests[0])
+            return not self.engine.num_running  # more than the engine runs at a time: alone, in waves
+        return len(requests) <= self.engine.free_slots and self.engine.can_admit(requests[0])
 
     def _prepare(self, work: Work) -> None:
         """Make the engine's requests of a turn: prompts are tokenized here and nowhere else."""

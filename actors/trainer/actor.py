@@ -57,10 +57,10 @@ class TrainerActor(Actor):
         self.rank_commands: asyncio.Queue[tuple[RankCommand, Any]] = asyncio.Queue()
         self.replies: dict[tuple[str, int], asyncio.Future[None]] = {}
         self.pool: dict[tuple[int, int], Group] = {}
-        self.trained: set[int] = set()
+        self.commit = Manifest(step=0, policy_version=0, run_attempt=0)  # the last one
+        self.trained: list[int] = []  # since then
         self.step = 0
         self.run_attempt = -1
-        self.committed_step = -1
         self.paused = False
         self.conductor: Introduce | None = None
         if not self.leader:
@@ -70,19 +70,15 @@ class TrainerActor(Actor):
         )
         async with self.lease:
             await self.compute("onload", self._take_device)
-            manifest = newest_manifest(self.run_dir)
-            if manifest is None:
-                manifest = await self._first_commit()
+            if newest_manifest(self.run_dir) is None:
+                await self._first_commit()
             await self.compute("load", self._load_commit)
         self.lease.idle()
-        self.committed_step = self.step = manifest.step
 
-    async def _first_commit(self) -> Manifest:
+    async def _first_commit(self) -> None:
         if self.config.warmup.steps:
             await self.compute("warmup", self._warm_up, asyncio.get_running_loop())
-        manifest = Manifest(step=0, policy_version=0, run_attempt=0, groups=frozenset())
-        await self.compute("commit", self._save, manifest)
-        return manifest
+        await self.compute("commit", self._save, self.commit)
 
     async def run(self) -> None:
         """The leader follows the conductor, the other ranks the leader."""
@@ -172,7 +168,7 @@ class TrainerActor(Actor):
                     await self._begin_run(command)
                 case CommitAndPause():
                     self.paused = True
-                    if self.committed_step != self.step:
+                    if self.commit.step != self.step:
                         await self._commit()
                     self._tell_committed()
                 case Admit() if not self.paused and command.step == self.step:
@@ -230,7 +226,7 @@ class TrainerActor(Actor):
             self.step += 1
             finite = all(math.isfinite(metrics.get(k, 0.0)) for k in ("loss", "grad_norm"))
             if finite:
-                self.trained.update(group.group for group in groups)
+                self.trained.extend(group.group for group in groups)
                 await self._publish()
         if not admit.last or not finite:
             self.paused = (
@@ -287,18 +283,18 @@ class TrainerActor(Actor):
             step=self.step,
             policy_version=self.step,
             run_attempt=self.run_attempt,
-            groups=frozenset(self.trained),
+            groups=self.commit.groups.union(self.trained),
         )
         async with self._on_device():
             await self.compute("commit", self._save, manifest)
-        self.committed_step = self.step
+        self.commit, self.trained = manifest, []
 
     def _tell_committed(self) -> None:
         self._tell(
             Committed(
                 run_attempt=self.run_attempt,
-                step=self.committed_step,
-                policy_version=self.committed_step,
+                step=self.commit.step,
+                policy_version=self.commit.step,
             )
         )
 
@@ -376,9 +372,9 @@ class TrainerActor(Actor):
 
     def _load_commit(self) -> None:
         assert self.engine is not None
-        manifest = checkpoint.load(self.run_dir, self.engine)
-        self.trained = set(manifest.groups)
-        self.step = manifest.step
+        self.commit = checkpoint.load(self.run_dir, self.engine)
+        self.trained = []
+        self.step = self.commit.step
 
     def _save(self, manifest: Manifest) -> None:
         assert self.engine is not None

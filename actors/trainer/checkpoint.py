@@ -1,0 +1,59 @@
+"""Checkpoints: the trainer's state and the manifest of a step, on disk as one atomic unit.
+
+The state is written and synced first, under a name that does not count; the manifest, made visible by one rename, is
+the commit (see `manifest`). Blocking: call it in the worker thread.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
+
+from actors.backends.contract import TrainingEngine
+from actors.conductor.manifest import (
+    Manifest,
+    checkpoint_dir,
+    newest_manifest,
+    write_manifest,
+)
+from actors.errors import BadCheckpoint
+
+if TYPE_CHECKING:
+    import torch
+
+STATE_FILE = "state.safetensors"
+
+
+def save(
+    run_dir: Path, state: "Mapping[str, torch.Tensor]", manifest: Manifest, *, keep: int
+) -> None:
+    """Commit a step; afterwards only the newest `keep` checkpoints stay."""
+    directory = checkpoint_dir(run_dir, manifest.step)
+    if directory.exists():
+        shutil.rmtree(directory)  # of a run attempt that was rolled back before it committed here
+    directory.mkdir(parents=True)
+    path = directory / STATE_FILE
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    write_manifest(run_dir, manifest)
+    for old in sorted((run_dir / "checkpoints").glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load(run_dir: Path, engine: TrainingEngine) -> Manifest:
+    """Put the newest commit into the engine. Raises BadCheckpoint when it cannot be read or does not fit."""
+    manifest = newest_manifest(run_dir)
+    if manifest is None:
+        raise BadCheckpoint(f"{run_dir} has no commit: the run never reached its first step")
+    path = checkpoint_dir(run_dir, manifest.step) / STATE_FILE
+    try:
+        engine.load_state(load_file(path))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadCheckpoint(
+            f"{path} cannot be loaded: {error}; remove its directory to go on from the commit before"
+        ) from error
+    return manifest
