@@ -1,5 +1,4 @@
-"""Preallocated key-value memory for a batch of rows, in the form that transformers' attention
-layers call.
+"""Preallocated key-value memory for a batch of rows, in the form that transformers' layers call.
 
 Rows in use are the prefix [0, n): whoever owns the cache keeps them compact with `move`. Knows
 nothing of tokens, weights or sampling.
@@ -21,22 +20,20 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def grown(needed: int, maximum: int, minimum: int = 1) -> int:
-    """The capacity that holds `needed`: a power of two, at least `minimum`, but never above
-    `maximum`.
-    """
+    """The capacity for `needed`: a power of two from `minimum` on, but never above `maximum`."""
     return min(maximum, max(minimum, 1 << max(needed - 1, 0).bit_length()))
 
 
 class KVCache(Cache):
-    """Keys and values [rows, tokens, heads, head_dim] of every layer; grows by powers of two up to
-    a maximum.
+    """Keys and values of every layer, growing by powers of two up to a maximum.
 
-    One forward pass either prefills rows (`begin_prefill`: attention sees only what it just
-    computed) or decodes one token of every row (`begin_decode`: attention sees views of the cache).
-    Layers are allocated at their first update, because only then are their shapes known (grouped
-    heads, values narrower than keys). Unused memory is
-    zero: masked positions still enter the product with the values, where NaN times zero would be
-    NaN.
+    Each is a tensor [rows, heads, tokens, head_dim], so that a row's head is one contiguous matrix,
+    which is what batched matrix products read fastest. One forward pass either prefills rows
+    (`begin_prefill`: attention sees only what it just computed) or decodes one token of every row
+    (`begin_decode`: attention sees views of the cache). Layers are allocated at their first update,
+    because only then are their shapes known (grouped heads, values narrower than keys). Unused
+    memory is zero: masked positions still enter the product with the values, where NaN times zero
+    would be NaN.
     """
 
     def __init__(self, max_rows: int, max_tokens: int) -> None:
@@ -48,15 +45,14 @@ class KVCache(Cache):
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._prefill: tuple[int, Tensor | None] | None = None
-        self._decode_slots: Tensor | None = None
-        self._num_rows = 0
+        self._positions: Tensor | None = None
+        self._slots: dict[int, Tensor] = {}
         self._num_keys = 0
 
     def reserve(self, rows: int, tokens: int, *, exact: bool = False) -> None:
         """Make room for `rows` rows of `tokens` tokens, keeping what is stored.
 
-        exact: allocate just this much (rounded up to the token block) instead of the next power of
-        two.
+        exact: allocate just this much (tokens in whole blocks), not the next power of two.
         """
         if rows <= self.rows and tokens <= self.tokens:
             return
@@ -68,69 +64,75 @@ class KVCache(Cache):
         for store in (self._keys, self._values):
             for layer, old in store.items():
                 # Layer by layer, so that at most one layer is held twice.
-                store[layer] = old.new_zeros(new_rows, new_tokens, *old.shape[2:])
-                store[layer][: self.rows, : self.tokens] = old
+                store[layer] = old.new_zeros(new_rows, old.shape[1], new_tokens, old.shape[3])
+                store[layer][: self.rows, :, : self.tokens] = old
         self.rows, self.tokens = new_rows, new_tokens
 
     def begin_prefill(self, first_row: int, sources: Tensor | None) -> None:
         """The next forward fills rows from `first_row` on, from position 0.
 
-        sources: int64 [rows], which sequence of the forward's batch each row stores; None is one
+        sources: int64 [rows], the sequence of the forward's batch that each row stores; None is one
         each, in order.
         """
         self._prefill = (first_row, sources)
 
-    def begin_decode(self, num_rows: int, num_keys: int, positions: Tensor) -> None:
+    def begin_decode(self, positions: Tensor, num_keys: int) -> None:
         """The next forward adds one token to each of the first rows, and sees keys [0, num_keys).
 
-        positions: int64 [num_rows], where each row's token goes.
+        positions: int64 [rows], where each row's token goes; it may change after the forward.
         """
         self._prefill = None
-        self._num_rows, self._num_keys = num_rows, num_keys
-        offsets = torch.arange(num_rows, device=positions.device) * self.tokens
-        self._decode_slots = offsets + positions
+        self._positions, self._num_keys = positions, num_keys
+        self._slots.clear()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values [batch, heads, tokens, head_dim]; returns those to
-        attend to.
+        """Store a layer's new keys and values; returns those to attend to.
+
+        Both are [batch, heads, tokens, head_dim].
         """
         if layer_idx not in self._keys:
             for store, states in ((self._keys, key_states), (self._values, value_states)):
-                heads, dim = states.shape[1], states.shape[3]
-                store[layer_idx] = states.new_zeros(self.rows, self.tokens, heads, dim)
+                shape = (self.rows, states.shape[1], self.tokens, states.shape[3])
+                store[layer_idx] = states.new_zeros(shape)
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if self._prefill is not None:
             first, sources = self._prefill
             for stored, states in ((keys, key_states), (values, value_states)):
-                states = states.transpose(1, 2)
-                if sources is not None:
-                    states = states.index_select(0, sources)
-                stored[first : first + states.shape[0], : states.shape[1]] = states
+                kept = states if sources is None else states.index_select(0, sources)
+                stored[first : first + kept.shape[0], :, : kept.shape[2]] = kept
             return key_states, value_states
-        assert self._decode_slots is not None
-        views = []
+        num_rows, heads = key_states.shape[:2]
+        slots = self._slots.get(heads)
+        if slots is None:
+            slots = self._slots[heads] = self._slots_of(heads)
         for stored, states in ((keys, key_states), (values, value_states)):
-            new = states.transpose(1, 2).reshape(states.shape[0], -1)  # [rows, heads * head_dim]
-            stored.view(-1, new.shape[1]).index_copy_(0, self._decode_slots, new)
-            views.append(stored[: self._num_rows, : self._num_keys].transpose(1, 2))
-        return views[0], views[1]
+            dim = states.shape[3]
+            stored.view(-1, dim).index_copy_(0, slots, states.reshape(-1, dim))
+        seen = (slice(num_rows), slice(None), slice(self._num_keys))
+        return keys[seen], values[seen]
+
+    def _slots_of(self, heads: int) -> Tensor:
+        """Where a decode's new tokens lie in a layer seen as [rows * heads * tokens, head_dim]."""
+        assert self._positions is not None
+        rows = torch.arange(len(self._positions) * heads, device=self._positions.device)
+        slots = rows.view(-1, heads) * self.tokens + self._positions[:, None]
+        return slots.view(-1)
 
     def move(self, sources: Tensor, destinations: Tensor, num_tokens: int) -> None:
-        """Copy the first `num_tokens` of some rows over others. sources, destinations: int64 [m],
-        disjoint.
-        """
+        """Copy the first `num_tokens` of some rows over others, int64 [m] and disjoint."""
         for store in (self._keys, self._values):
             for stored in store.values():
-                used = stored[:, :num_tokens]
+                used = stored[:, :, :num_tokens]
                 used.index_copy_(0, destinations, used.index_select(0, sources))
 
     def clear(self) -> None:
         """Forget everything stored, and give its memory back."""
         self._keys.clear()
         self._values.clear()
-        self._decode_slots = None
+        self._slots.clear()
+        self._positions = None
         self.rows = self.tokens = 0
 
     def memory_bytes(self) -> int:
@@ -138,7 +140,5 @@ class KVCache(Cache):
         return sum(t.nbytes for store in (self._keys, self._values) for t in store.values())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Keys that attention sees; positions and masks are always passed explicitly, so nothing
-        derives from it.
-        """
+        """Keys that attention sees. Positions and masks are given, so nothing derives from it."""
         return 0 if self._prefill is not None else self._num_keys

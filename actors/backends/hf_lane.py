@@ -95,7 +95,7 @@ class Lane:
         if self._num_prefilled < n:
             self._prefill(self._num_prefilled, n)
             self._num_prefilled = n
-        self.cache.begin_decode(n, num_keys, self._positions)
+        self.cache.begin_decode(self._positions, num_keys)
         logits = self._runner.decode(self._tokens, self._positions, num_keys, self.cache)
         assert self._sampler is not None
         tokens, logprobs = self._sampler(logits, self._keys, self._positions)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actors.backends.hf_attention import GROUPED, use_grouped_attention
 from actors.backends.hf_cache import KVCache
 
-_ATTENTION = ("sdpa", "eager")
+_ATTENTION = (GROUPED, "sdpa", "eager")
 
 
 class ModelRunner:
@@ -20,11 +21,12 @@ class ModelRunner:
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
+        use_grouped_attention(model)
         config = model.config.get_text_config()
         if config._attn_implementation not in _ATTENTION:
             raise ValueError(
                 f"attention implementation {config._attn_implementation!r} takes no 4D mask: "
-                f"load the model with attn_implementation set to one of {', '.join(_ATTENTION)}"
+                'load the model with attn_implementation="sdpa"'
             )
         self.model = model
         self.device = device
