@@ -18,12 +18,13 @@ from dataclasses import dataclass, field, replace
 
 from actors.job_config import JobConfig
 from flowd.devices import Device, device_order, physical
+from flowd.errors import RequestError
 
 MODES = ("disaggregated", "collocated")
 DEVICE_STAGES = ("rollout", "trainer")
 
 
-class PlanError(ValueError):
+class PlanError(RequestError):
     """Raised when a job or a change of it does not fit the devices that there are."""
 
 

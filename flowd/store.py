@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from flowd.errors import FlowdError
+
 FILE = "flowd.sqlite"
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x666C6F77  # "flow": tells our file from any other SQLite database
@@ -43,7 +45,7 @@ CREATE TABLE documents (name TEXT PRIMARY KEY, data TEXT NOT NULL) STRICT;
 """
 
 
-class StoreError(Exception):
+class StoreError(FlowdError):
     """Raised when the state file is locked, damaged, from another version or not ours."""
 
 
