@@ -1,8 +1,7 @@
-"""A generation engine on any Hugging Face transformers decoder: continuous batching, on CPU or one
-GPU.
+"""A generation engine on any Hugging Face transformers decoder, on a CPU or one GPU.
 
-It exists so that everything runs without a serving engine installed. It decides who runs when;
-`hf_lane` runs them.
+It exists so that everything runs without a serving engine installed. This module decides who runs
+when (continuous batching, fixed batches); `hf_lane` runs them.
 """
 
 from collections import deque
@@ -14,19 +13,17 @@ from torch import Tensor
 
 from actors.backends.contract import Generation, GenerationRequest
 from actors.backends.hf_lane import Lane
-from actors.backends.hf_rows import end_length
+from actors.backends.hf_requests import as_it_came, check_request, finish_on_arrival
 from actors.backends.hf_runner import ModelRunner
 from actors.backends.hf_weights import ModelWeights
 
 
 class HFGenerationEngine:
-    """`GenerationEngine` on a transformers causal LM, which it moves to `device` and `dtype` and
-    from then on owns.
+    """`GenerationEngine` on a transformers causal LM, which it owns from then on.
 
-    max_running: sequences inside the engine at one time, waiting ones and the idle rows of fixed
-    batches included
-    max_context_tokens: tokens of one sequence, context and sampled; one that reaches it ends with
-    "length"
+    model: moved to `device` and `dtype`, and set to evaluate
+    max_running: sequences inside at one time, waiting ones and idle rows of fixed batches included
+    max_context_tokens: context and sampled tokens at which a sequence ends with "length"
     pad_token: fills prefill batches; any token of the vocabulary
 
     Each `step` runs one decode forward for all rows and before it, when there are new requests, one
@@ -105,17 +102,16 @@ class HFGenerationEngine:
         return self._version
 
     def can_admit(self, request: GenerationRequest) -> bool:
-        """Whether `add` would find room now. Raises ValueError for a request that could never
-        run.
-        """
-        self._check(request)
+        """Whether `add` would find room now. ValueError for a request that could never run."""
+        check_request(request, self._vocabulary_size, self._max_context_tokens)
         return self.free_slots > 0
 
     def add(self, request: GenerationRequest) -> None:
-        """Admit a request; the next `step` prefills it. Raises ValueError where it breaks a rule,
-        or finds no room.
+        """Admit a request; the next `step` prefills it.
+
+        Raises ValueError where it could never run, finds no room, or comes to a batch that began.
         """
-        self._check(request)
+        check_request(request, self._vocabulary_size, self._max_context_tokens)
         if not self._weights.resident:
             raise ValueError(
                 f"request {request.request_id}: the engine is offloaded; call onload() first"
@@ -148,7 +144,8 @@ class HFGenerationEngine:
     def step(self) -> list[Generation]:
         """Advance every running sequence by one token; returns those that ended.
 
-        Raises FloatingPointError where the weights give logits that are not finite.
+        Raises FloatingPointError where the weights give logits that are not finite; after it only
+        `abort` is of use.
         """
         ended: list[Generation] = []
         self._sealed_batches.extend(self._open_batches.items())
@@ -165,8 +162,7 @@ class HFGenerationEngine:
 
     @torch.inference_mode()
     def abort(self, request_ids: Iterable[int] | None = None) -> list[Generation]:
-        """Stop sequences (all when None) and return them with the tokens they have, finish
-        "aborted".
+        """Stop sequences (all when None) and return what they have, finish "aborted".
 
         Ids of sequences that are not here (they may just have ended) are passed over.
         """
@@ -213,9 +209,7 @@ class HFGenerationEngine:
         self._weights.onload()
 
     def memory_bytes(self) -> int:
-        """Device memory held now: weights and KV cache (activations of a running step are not
-        counted).
-        """
+        """Device memory held now: weights and KV cache, without a step's activations."""
         caches = self._lane.cache.memory_bytes() + self._batch_lane.cache.memory_bytes()
         return self._weights.memory_bytes() + caches
 
@@ -225,11 +219,11 @@ class HFGenerationEngine:
         """Give requests rows; those that had ended before they came go straight to `ended`."""
         runnable = []
         for request in requests:
-            finish = _finish_on_arrival(request, self._max_context_tokens)
+            finish = finish_on_arrival(request, self._max_context_tokens)
             if finish is None:
                 runnable.append(request)
             else:
-                ended.append(_as_it_came(request, finish))
+                ended.append(as_it_came(request, finish))
         if runnable:
             lane.admit(runnable)
 
@@ -239,76 +233,6 @@ class HFGenerationEngine:
             self._running_batch = None
         return generations
 
-    def _check(self, request: GenerationRequest) -> None:
-        """Raise ValueError for a request that could never run here."""
-        problem = self._problem(request)
-        if problem is not None:
-            raise ValueError(f"request {request.request_id}: {problem}")
-
-    def _problem(self, request: GenerationRequest) -> str | None:
-        size, window = self._vocabulary_size, request.sampling.vocabulary
-        num_sampled = len(request.sampled)
-        num_tokens = len(request.context) + num_sampled
-        if len(request.context) == 0:
-            return (
-                "its context is empty, and a model continues at least one token; begin with a "
-                "beginning-of-sequence token or the chat template's first tokens"
-            )
-        if num_tokens > self._max_context_tokens:
-            return (
-                f"its {num_tokens} tokens are more than max_context_tokens = "
-                f"{self._max_context_tokens}; shorten the prompt, end the episode earlier, or "
-                "raise rollout.max_context_tokens"
-            )
-        for name, tokens in (("context", request.context), ("sampled", request.sampled)):
-            if len(tokens) and not (0 <= tokens.min() and tokens.max() < size):
-                outside = int(tokens[(tokens < 0) | (tokens >= size)][0])
-                return (
-                    f"{name} has token {outside}, outside the vocabulary [0, {size}); "
-                    "use the tokenizer that belongs to this model"
-                )
-        if len(request.sampled_logprobs) != num_sampled or (
-            len(request.sampled_versions) != num_sampled
-        ):
-            return (
-                f"{num_sampled} sampled tokens come with {len(request.sampled_logprobs)} log-probs "
-                f"and {len(request.sampled_versions)} versions; give one of each per token, as an "
-                "aborted Generation does"
-            )
-        if request.max_new_tokens < 1:
-            return f"max_new_tokens = {request.max_new_tokens}; ask for at least 1"
-        if request.sampling.temperature < 0 or request.sampling.top_k < 0:
-            return (
-                f"temperature = {request.sampling.temperature}, top_k = {request.sampling.top_k}: "
-                "neither may be negative; 0 is greedy and 0 keeps all"
-            )
-        if window is not None and not 0 <= window[0] < window[1] <= size:
-            return (
-                f"its vocabulary window [{window[0]}, {window[1]}) is no part of [0, {size}); "
-                "give first < last + 1 within the vocabulary, or None"
-            )
-        return None
-
-
-def _finish_on_arrival(request: GenerationRequest, max_context_tokens: int) -> str | None:
-    """How a request ended before it came: one resumed after its last token, or one whose context is
-    full.
-    """
-    if len(request.sampled) and int(request.sampled[-1]) in request.stop_tokens:
-        return "stop"
-    num_tokens = len(request.context) + len(request.sampled)
-    return "length" if num_tokens >= end_length(request, max_context_tokens) else None
-
-
-def _as_it_came(request: GenerationRequest, finish: str) -> Generation:
-    return Generation(
-        request_id=request.request_id,
-        tokens=request.sampled,
-        logprobs=request.sampled_logprobs,
-        versions=request.sampled_versions,
-        finish=finish,
-    )
-
 
 def _without(
     requests: list[GenerationRequest], ids: frozenset[int] | None, aborted: list[Generation]
@@ -317,7 +241,7 @@ def _without(
     stay = []
     for request in requests:
         if ids is None or request.request_id in ids:
-            aborted.append(_as_it_came(request, "aborted"))
+            aborted.append(as_it_came(request, "aborted"))
         else:
             stay.append(request)
     return stay

@@ -1,5 +1,4 @@
-"""A set of sequences that advance together: their rows in the host's table, on the device and in
-the KV cache.
+"""Sequences that advance together: rows in the host's table, on the device and in the KV cache.
 
 The engine has two lanes: one with continuous batching, where ended rows make room at once, and one
 that runs a fixed batch, whose rows stay what they are until all have ended.
@@ -70,8 +69,7 @@ class Lane:
         self.rows.append(ordered)
         last = [r.sampled[-1] if len(r.sampled) else r.context[-1] for r in ordered]
         positions = [len(r.context) + len(r.sampled) - 1 for r in ordered]
-        # Draw i is made at position len(context) + i - 1: shifted keys let positions count the
-        # draws.
+        # Draw i is made at position len(context) + i - 1: in shifted keys, positions count draws.
         keys = [as_int64(r.key + (1 - len(r.context)) * GOLDEN) for r in ordered]
         new = torch.tensor([last, positions, keys], dtype=torch.int64).to(self._runner.device)
         self._tokens = torch.cat((self._tokens, new[0]))
@@ -80,8 +78,9 @@ class Lane:
         self._rows_changed()
 
     def step(self, version: int) -> list[Generation]:
-        """Prefill new rows, then sample one token for every active row. Returns the sequences that
-        ended.
+        """Prefill new rows, then sample one token for every active row.
+
+        Returns the sequences that ended. `version` is what the new tokens are marked with.
         """
         rows = self.rows
         n = len(rows)
@@ -132,9 +131,7 @@ class Lane:
         self._num_prefilled = 0
 
     def _prefill(self, first: int, end: int) -> None:
-        """Fill the cache with all but the last token of rows [first, end), a bounded number of
-        tokens at a time.
-        """
+        """Fill the cache with all but the last token of rows [first, end), chunk by chunk."""
         lengths = self.rows.lengths[first:end] - 1
         start = 0
         while start < len(lengths):
@@ -161,9 +158,7 @@ class Lane:
         self._runner.prefill(tokens, self.cache)
 
     def _end(self, ended: Rows, *, aborted: bool) -> list[Generation]:
-        """Take the results of rows that ended, and free the rows (in a fixed batch: let them
-        idle).
-        """
+        """Take the results of rows that ended and free them; in a fixed batch let them idle."""
         if len(ended) == 0:
             return []
         results = [self.rows.generation(row, aborted=aborted) for row in ended.tolist()]

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.backends.contract import Generation, GenerationRequest
+from actors.backends.hf_requests import end_length
 from actors.episodes import Int32, Sampling
 
 Rows = NDArray[np.int64]
@@ -80,8 +81,10 @@ class RowTable:
         self.requests.extend(requests)
 
     def record(self, tokens: Rows, logprobs: NDArray[np.float64], version: int) -> Rows:
-        """Append one sampled token to each active row. tokens, logprobs: [rows]. Returns the rows
-        that ended.
+        """Append one sampled token to each active row; returns the rows that ended.
+
+        tokens, logprobs: [rows], those of idle rows are not read
+        Raises FloatingPointError, with nothing recorded, where a log-prob is NaN.
         """
         n = len(self)
         rows = np.flatnonzero(self.active[:n])
@@ -154,11 +157,6 @@ class RowTable:
         if rows > self._stops.shape[0] or stops > old_stops:
             shape = (self.tokens.shape[0], max(stops, old_stops))
             self._stops = _grown(self._stops, shape, NO_TOKEN)
-
-
-def end_length(request: GenerationRequest, max_context_tokens: int) -> int:
-    """Tokens, context included, at which a request ends with "length"."""
-    return min(len(request.context) + request.max_new_tokens, max_context_tokens)
 
 
 def _grown(array: NDArray[Any], shape: tuple[int, ...], fill: int = 0) -> NDArray[Any]:

@@ -1,5 +1,6 @@
-"""Runs a transformers decoder over a `KVCache`: masks, positions, forward passes. Knows nothing of
-requests.
+"""Runs a transformers decoder over a `KVCache`: masks, positions, forward passes.
+
+Knows nothing of requests.
 """
 
 from typing import Any
@@ -64,8 +65,9 @@ class ModelRunner:
         )
 
     def decode(self, tokens: Tensor, positions: Tensor, num_keys: int, cache: KVCache) -> Tensor:
-        """One token for each row. tokens, positions: int64 [rows]. Returns logits [rows,
-        vocabulary].
+        """One token for each row; returns logits [rows, vocabulary].
+
+        tokens, positions: int64 [rows]    num_keys: at least the largest position + 1
         """
         position_ids = positions[:, None]
         keys = torch.arange(num_keys, device=self.device)
@@ -79,8 +81,9 @@ class ModelRunner:
         return output.logits[:, -1]
 
     def _mask(self, queries: Tensor, keys: Tensor) -> Any:
-        """Additive masks for queries at positions [batch, time] and keys [keys]: [batch, 1, time,
-        keys].
+        """Additive masks [batch, 1, time, keys], one for each type of layer if there are several.
+
+        queries: int64 [batch, time], their positions    keys: int64 [keys]
         """
         distance = queries[:, None, :, None] - keys
         full = distance.new_zeros(distance.shape, dtype=self._dtype)

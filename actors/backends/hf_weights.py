@@ -1,6 +1,4 @@
-"""The weights of a transformers model in place: replacing them by name, moving them between device
-and host.
-"""
+"""The weights of a transformers model: replaced in place by name, moved off the device and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +16,7 @@ class ModelWeights:
         self.resident = True
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy every parameter from `weights` by its Hugging Face name, tied ones once, under any
-        of their names.
+        """Copy every parameter by its Hugging Face name; tied ones once, under any of their names.
 
         Raises ValueError that names what is missing, unexpected, given twice or of another shape;
         nothing is copied then. Other dtypes are converted.
@@ -86,9 +83,7 @@ class ModelWeights:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A host copy, in pinned memory where the host has room for it: that makes coming back several
-    times faster.
-    """
+    """A host copy, pinned where the host has room for it: coming back is several times faster."""
     try:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     except RuntimeError:

@@ -25,9 +25,7 @@ _GOLDEN, _MIX1, _MIX2 = as_int64(GOLDEN), as_int64(MIX1), as_int64(MIX2)
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's `>>` copies the sign bit down, so what it copied is masked
-    off.
-    """
+    """Logical right shift: torch's `>>` copies the sign bit down; what it copied is cut off."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -35,8 +33,7 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     """`actors.randomness.uniform` for each pair, bit for bit.
 
     keys: int64 [n], the 64-bit keys as signed integers (`as_int64`)   positions: int64 [n]
-    Returns float64 [n] in [0, 1). int64 products and sums wrap modulo 2**64, as the reference
-    masks.
+    Returns float64 [n] in [0, 1). int64 arithmetic wraps modulo 2**64, as the reference masks.
     """
     value = keys + (positions + 1) * _GOLDEN
     value = (value ^ _shift_right(value, 30)) * _MIX1

@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from actors.models.text_policy import TextPolicy
+from actors.models.tokenizer import build_characters_tokenizer
 from sim.contract import ChatMessage, TextObservation
 
 CHATML = (
@@ -234,6 +235,27 @@ def test_observations_of_another_kind_are_refused():
         policy.encode(np.zeros(0, np.int32), np.zeros(3))
     with pytest.raises(ValueError, match="first observation has no messages"):
         policy.encode(np.zeros(0, np.int32), shown())
+
+
+def test_the_built_in_tokenizer_builds_its_own_conversation():
+    """Its template ends every message, the user's too, with the token that ends the model's."""
+    tokenizer = build_characters_tokenizer()
+    policy = TextPolicy(tokenizer)
+    assert policy.stop_tokens == (tokenizer.eos_token_id,)
+    first = policy.encode(np.zeros(0, np.int32), shown(("user", "12+3=")))
+    said = tokenizer("15", add_special_tokens=False)["input_ids"]
+    for tail in ([], [tokenizer.eos_token_id]):
+        history = np.array([*first, *said, *tail], dtype=np.int32)
+        whole = np.concatenate((history, policy.encode(history, shown(("user", "next: 4+4=")))))
+        conversation = [
+            {"role": "user", "content": "12+3="},
+            {"role": "assistant", "content": "15"},
+            {"role": "user", "content": "next: 4+4="},
+        ]
+        rendered = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True
+        )
+        assert whole.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def test_without_new_messages_the_policy_is_asked_again():
