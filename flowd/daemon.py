@@ -276,6 +276,8 @@ class FlowdDaemon:
             return_exceptions=True,
         )
         if self._zygote is not None:
+            if not any(job.actors for job in self._jobs.values()):
+                self._zygote.cancel()  # of effect only while it still imports
             outcome = (await asyncio.gather(self._zygote, return_exceptions=True))[0]
             if isinstance(outcome, ZygoteClient):
                 await outcome.stop()
@@ -284,6 +286,8 @@ class FlowdDaemon:
         self._leases.close()
         self._control.close(linger_ms=200)
         self._endpoint.close()
+        for name in ("control.sock", "flowd.sock"):
+            (self.paths.sockets / name).unlink(missing_ok=True)
         shutil.rmtree(self.paths.weights, ignore_errors=True)
         if self._store is not None:
             self._store.close()
@@ -423,9 +427,9 @@ class FlowdDaemon:
         )
 
     async def _spawn(self, spec: ActorSpec, python: str | None) -> Process:
-        zygote = self._zygote
-        assert zygote is not None
-        client = await asyncio.shield(zygote)
+        if self._zygote is None or (self._zygote.done() and self._zygote.exception() is not None):
+            self._zygote = self._task(self._start_zygote(), "zygote")  # the last try failed
+        client = await asyncio.shield(self._zygote)
         devices = [device for device in self._devices if device.id in spec.devices]
         handle = await client.spawn(
             ACTOR_ENTRY,

@@ -1,0 +1,52 @@
+"""Names of tasks, and how an environment is made from a name or an import path. Imports nothing heavy by itself."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from sim.contract import Environment
+from sim.errors import SimError
+
+TASKS = {
+    "arithmetic": "sim.text.arithmetic:Arithmetic",
+    "gsm8k": "sim.text.gsm8k:Gsm8k",
+    "guess_number": "sim.text.guess_number:GuessNumber",
+}
+
+
+def find(task: str) -> Any:
+    """The class behind a task name or an import path "module:Class". Raises SimError naming the way out."""
+    path = TASKS.get(task, task)
+    module, colon, name = path.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(task, TASKS, n=1)
+        known = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(TASKS)}"
+        raise SimError(f'no task "{task}": {known}; one of your own is "module:Class"')
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise SimError(
+            f'task "{task}": there is no module {module}: its folder must be on PYTHONPATH where the '
+            "env actors run"
+        ) from error
+    except AttributeError as error:
+        raise SimError(f'task "{task}": module {module} has no {name}') from error
+
+
+def make(task: str, *, num_slots: int, args: Mapping[str, Any]) -> Environment:
+    """Open an environment. args: the task's keyword arguments; a wrong one is a SimError naming the right ones."""
+    make_environment = find(task)
+    keywords = inspect.signature(make_environment).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in keywords.values())
+    for name in args:
+        if name not in keywords and not open_ended:
+            known = [k for k in keywords if k != "num_slots"]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else f"it takes {', '.join(known) or 'none'}"
+            raise SimError(f'task "{task}" takes no argument "{name}": {hint}')
+    environment: Environment = make_environment(num_slots=num_slots, **args)
+    return environment
