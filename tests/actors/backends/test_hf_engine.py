@@ -338,6 +338,32 @@ def test_a_fixed_batch_gives_what_each_member_gives_alone():
         assert_same(ended[one.request_id], reference(model, one))
 
 
+def test_an_idle_row_stays_where_it_ended():
+    """It would otherwise run out of its memory and into its neighbours', long after it ended."""
+    model = build()
+    rng = np.random.default_rng(1)
+    contexts = [rng.integers(6, VOCABULARY, size=n).tolist() for n in (3, 20, 4)]
+    batch = [
+        request(i, context, batch=1, key=i, max_new_tokens=new, stop_tokens=())
+        for i, (context, new) in enumerate(zip(contexts, (40, 1, 40), strict=True))
+    ]
+    ended = run_to_end(build_engine(model), batch)
+    for one in batch:
+        assert_same(ended[one.request_id], reference(model, one))
+
+
+def test_the_rows_of_a_fixed_batch_do_not_depend_on_the_order_of_arrival():
+    """Concurrent episodes arrive in any order; the batch is the same batch."""
+    orders = []
+    for reverse in (False, True):
+        engine = build_engine(build())
+        for one in sorted(batch_of(1, range(5)), key=lambda r: r.request_id, reverse=reverse):
+            engine.add(one)
+        engine.step()
+        orders.append([one.request_id for one in engine._batch_lane.rows.requests])
+    assert orders[0] == orders[1]
+
+
 def test_new_weights_in_the_middle_of_a_fixed_batch():
     """Its rows, the ended ones too, are prefilled again in their places."""
     old, new = build(seed=0), build(seed=1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors.backends.sampling import Sampler, as_int64, uniforms
 from actors.episodes import Sampling
-from actors.randomness import fold, uniform
+from actors.randomness import GOLDEN, fold, uniform
 
 CPU = torch.device("cpu")
 KEYS = st.integers(min_value=0, max_value=2**64 - 1)
@@ -31,8 +31,6 @@ def test_draws_equal_the_scalar_reference(pairs: list[tuple[int, int]]):
 @pytest.mark.parametrize("key", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, fold(1, 2, 3)])
 def test_shifting_a_key_by_golden_shifts_the_position(key: int):
     """The engine folds a prompt's length into the key, so that a position counts the draws."""
-    from actors.randomness import GOLDEN
-
     shifted = tensor_of_keys([key - 5 * GOLDEN])
     assert uniforms(shifted, torch.tensor([12])).item() == uniform(key, 7)
 
@@ -103,6 +101,15 @@ def test_frequencies_follow_the_distribution():
     error = (expected * (1 - probabilities.double())).sqrt()
     assert counts[2] == 0
     assert ((counts - expected).abs() <= 5 * error).all()
+
+
+def test_a_draw_of_zero_takes_no_token_without_mass():
+    """The smallest draw there is belongs to the first token that can be sampled."""
+    key = -GOLDEN  # the finalizer maps 0 to 0
+    assert uniform(key, 0) == 0.0
+    logits = torch.tensor([[float("-inf"), float("-inf"), 0.0, 1.0]])
+    token, _ = Sampler([Sampling()], 4, CPU)(logits, tensor_of_keys([key]), torch.tensor([0]))
+    assert token.tolist() == [2]
 
 
 def test_tokens_that_tie_with_the_kth_are_all_kept():
