@@ -8,7 +8,6 @@ import gc
 import importlib
 import importlib.util
 import os
-import random
 import signal
 import sys
 import traceback
@@ -90,8 +89,7 @@ def _forget_the_parent(spawn: Spawn) -> None:
     """Replace state that the fork copied and that must differ from process to process."""
     actor_exec.forget_exit_handlers()
     gc.enable()
-    random.seed()
-    if "numpy" in sys.modules:
+    if "numpy" in sys.modules:  # the standard library reseeds its own generator after a fork
         importlib.import_module("numpy.random").seed()
     threads = os.environ.get(TORCH_THREADS_VARIABLE)
     if threads is not None and "torch" in sys.modules:

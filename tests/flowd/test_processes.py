@@ -225,10 +225,12 @@ def test_actors_draw_different_random_numbers(play):
     """Forked twins share no random state."""
 
     async def scenario(stage: Stage) -> None:
-        client = await stage.started()
+        client = stage.client()
+        await client.start(stage.state_dir, preload=("numpy", "numpy.random"))
         await asyncio.gather(*(stage.spawn(client, "describe") for _ in range(4)))
-        drawn = [(await stage.introductions.get()).facts["random"] for _ in range(4)]
-        assert len(set(drawn)) == 4
+        facts = [(await stage.introductions.get()).facts for _ in range(4)]
+        assert len({one["random"] for one in facts}) == 4
+        assert len({one["numpy_random"] for one in facts}) == 4
 
     play(scenario)
 
@@ -295,6 +297,20 @@ def test_killed_zygote_takes_all_actors_along(play):
             await stage.spawn(client, "wait")
         successor = await stage.started()
         assert await (await stage.spawn(successor, "describe")).exited == ExitStatus(exit_code=0)
+
+    play(scenario)
+
+
+def test_killed_zygote_takes_actors_along_with_no_flowd_to_sweep(play):
+    """The kernel alone does it: no flowd is connected when the zygote dies."""
+
+    async def scenario(stage: Stage) -> None:
+        client = await stage.started()
+        await stage.spawn(client, "wait_stubbornly")
+        actor = await stage.introductions.get()
+        client.detach()
+        os.kill(client.pid, signal.SIGKILL)
+        await actor.all_holders_gone()
 
     play(scenario)
 

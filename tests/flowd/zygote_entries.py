@@ -42,6 +42,7 @@ def describe(argument):
         "executable": sys.executable,
         "path": sys.path,
         "random": random.random(),
+        "numpy_random": _numpy_random(),
         "name": Path("/proc/self/comm").read_text().strip(),
         "blocked": int(status["SigBlk"], 16),
         "ignored": int(status["SigIgn"], 16),
@@ -52,6 +53,11 @@ def describe(argument):
     print("said on stdout")
     print("said on stderr", file=sys.stderr)
     return argument.get("code")
+
+
+def _numpy_random():
+    numpy = sys.modules.get("numpy")  # there when the fork server imported it
+    return numpy.random.random() if numpy else None
 
 
 def compute_with_torch(argument):
@@ -90,7 +96,7 @@ def leave_with_words(argument):
 
 def wait(argument):
     """Introduce itself, then wait for a signal."""
-    _introduce(argument)
+    _held_open = _introduce(argument)
     while True:
         signal.pause()
 
