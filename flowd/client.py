@@ -17,6 +17,8 @@ from flowd.paths import StatePaths
 START_PATIENCE_S = 5.0  # between flowd's first moment and its control socket
 PROBE_INTERVAL_S = 0.5  # how soon the end of flowd is noticed in the middle of a wait
 REPLY_DEADLINE_S = 30.0
+# Updates that may wait for a follower whose terminal stands still; flowd keeps no queue for it.
+MAX_WAITING_UPDATES = 100_000
 
 
 class ControlClient:
@@ -29,6 +31,7 @@ class ControlClient:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
+        self._socket.rcvhwm = MAX_WAITING_UPDATES
         self._socket.connect(address)
 
     def __enter__(self) -> Self:

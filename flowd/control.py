@@ -14,7 +14,6 @@ from channels.control import CtlProgress, CtlReply, CtlRequest
 from channels.errors import PeerLost
 from flowd.command_line import CTL_COMMANDS, DAEMON_COMMANDS, command_module
 from flowd.errors import FlowdError, RequestError
-from flowd.planner import PlanError
 
 ENDED = frozenset({"done", "failed", "cancelled", "interrupted"})
 KEPT_REPLIES = 256  # a client that asks again does so within seconds
@@ -25,7 +24,7 @@ Send = Callable[[CtlProgress | CtlReply], Awaitable[None]]
 
 
 class Daemon(Protocol):
-    """What the daemon halves of commands ask for. Wrong requests raise RequestError or PlanError.
+    """What the daemon halves of commands ask for. Wrong requests raise RequestError.
 
     A job's status has name, state ("starting", "running", "done", "failed", "cancelled",
     "interrupted"), step, steps, policy_version, reward_mean, staleness_max, tokens_per_s, attempt,
@@ -153,10 +152,12 @@ class ControlDesk:
     async def _reply(self, request: CtlRequest, work: Awaitable[Any]) -> CtlReply:
         try:
             data = await work
-        except (FlowdError, PlanError) as error:
-            code = error.exit_code if isinstance(error, FlowdError) else RequestError.exit_code
+        except FlowdError as error:
             return CtlReply(
-                request_id=request.request_id, ok=False, exit_code=code, error=str(error)
+                request_id=request.request_id,
+                ok=False,
+                exit_code=error.exit_code,
+                error=str(error),
             )
         except PeerLost:
             raise

@@ -149,7 +149,7 @@ def step_line(watched: Watched) -> str:
     metrics = watched.metrics
     width = len(str(watched.steps))
     pairs = [
-        f"step={watched.step:>{width}}/{watched.steps}",
+        f"step={metrics['step']:>{width}}/{watched.steps}",
         f"reward={number(metrics.get('reward_mean')):>6}",
         f"staleness={metrics.get('staleness_max', '-')}",
         f"tokens_per_s={number(tokens_per_s(metrics), 0):>7}",

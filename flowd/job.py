@@ -59,21 +59,33 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 def parse_job(text: str, source: str, overrides: Sequence[str] = ()) -> JobConfig:
     """As load_job, from the text of a job file; `source` names it in errors."""
+    origin = Origin(source)
+    config = resolve_paths(_parse(text, origin, overrides))
+    check_rules(config, origin)
+    return config
+
+
+def parse_resolved(text: str, source: str) -> JobConfig:
+    """Read back what `dump_job` wrote, without a look at the disk.
+
+    A job that was checked when it was submitted stays readable when its data or model moved since.
+    """
+    return _parse(text, Origin(source), ())
+
+
+def _parse(text: str, origin: Origin, overrides: Sequence[str]) -> JobConfig:
+    """The job as written: names, types and ranges are checked."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise JobFileError(_syntax_sentence(text, source, error)) from None
-    origin = Origin(source)
+        raise JobFileError(_syntax_sentence(text, origin.name, error)) from None
     for override in overrides:
         _apply(document, override, origin)
     _check_names(document, origin)
     try:
-        config = msgspec.convert(document, JobConfig)
+        return msgspec.convert(document, JobConfig)
     except msgspec.ValidationError as error:
         raise JobFileError(_value_sentence(document, origin, str(error))) from None
-    config = resolve_paths(config)
-    check_rules(config, origin)
-    return config
 
 
 def dump_job(config: JobConfig) -> str:

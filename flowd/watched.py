@@ -19,7 +19,10 @@ def update_of(kind: str, data: Mapping[str, Any]) -> Update:
 
 @dataclass
 class Watched:
-    """What is known of the job; `apply` takes the updates in, in order."""
+    """What is known of the job; `apply` takes the updates in, in order.
+
+    step: trainer steps done; a step's own number, in its metrics and samples, counts from 0
+    """
 
     name: str
     state: str = ""
@@ -43,7 +46,7 @@ class Watched:
                     self.metrics = dict(status)
             case "step":
                 self.metrics = update["metrics"]
-                self.step = self.metrics["step"]
+                self.step = self.metrics.get("policy_version", self.metrics["step"])
             case "actor" if update.get("state") == "gone":
                 self.actors[update["name"]] = dict(update)
                 self._earlier.pop(update["name"], None)

@@ -15,12 +15,23 @@ def run(args: argparse.Namespace) -> int:
     from flowd.errors import FlowdError
     from flowd.runs import existing_run, paths_of
 
-    run_paths = existing_run(paths_of(args), args.job)
+    paths = paths_of(args)
+    run_paths = existing_run(paths, args.job)
     if not run_paths.ledger.exists():
         raise FlowdError(
             f'job "{args.job}" has no ledger yet ({run_paths.ledger}): it comes with the first group'
         )
-    from actors.conductor.ledger import audit
+    from actors.conductor.ledger import LedgerError, audit
 
-    report = audit(run_paths.root)
-    return 0
+    try:
+        found = audit(run_paths.root)
+    except LedgerError as error:
+        raise FlowdError(f'job "{args.job}" cannot be audited: {error}') from error
+    if args.json:
+        print_json({"ok": found.ok, "problems": found.problems, "counts": found.counts})
+    else:
+        for problem in found.problems:
+            print(problem)
+        print("  ".join(f"{name}={count}" for name, count in found.counts.items()))
+        hint("the ledger is sound" if found.ok else f"{len(found.problems)} problems")
+    return 0 if found.ok else 1

@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
             return 0
         try:
             for update in client.follow(NAME, {"job": args.job}):
-                if update is not None:
-                    show(update)
+                for event in (update or {}).get("events", []):
+                    show(event)
         except KeyboardInterrupt:
             pass  # the way to end it
     return 0
@@ -63,7 +63,10 @@ async def handle(daemon: "Daemon", arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 async def stream(daemon: "Daemon", arguments: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """All events so far, then each new one. Updates say when to look; the store has the order."""
+    """All events so far, then new ones, {"events": […]} at a time.
+
+    Updates only say when to look: the store has the order.
+    """
     job = arguments["job"]
     if job is not None:
         daemon.status(job)
@@ -72,8 +75,7 @@ async def stream(daemon: "Daemon", arguments: dict[str, Any]) -> AsyncIterator[d
     try:
         while True:
             while page := daemon.events(job, after, PAGE):
-                for event in page:
-                    yield event
+                yield {"events": page}
                 after = page[-1]["id"]
             if await anext(updates, None) is None:
                 return

@@ -67,12 +67,12 @@ async def handle(daemon: "Daemon", arguments: dict[str, Any]) -> dict[str, Any]:
 def _plan_here(config: "JobConfig", spec: str) -> dict[str, Any]:
     from flowd.devices import inventory
     from flowd.errors import RequestError
-    from flowd.planner import PlanError
 
     try:
-        return _planned(config, inventory(spec), {})
-    except (PlanError, ValueError) as error:
+        devices = inventory(spec)
+    except ValueError as error:
         raise RequestError(str(error)) from error
+    return _planned(config, devices, {})
 
 
 def _planned(

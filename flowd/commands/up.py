@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _serve(args, paths)
     except FlowdError as error:
-        _tell(args.ready_fd, {"error": str(error), "exit_code": error.exit_code})
+        _tell(args, {"error": str(error), "exit_code": error.exit_code})
         raise
 
 
@@ -59,10 +59,11 @@ def _serve(args: argparse.Namespace, paths: "StatePaths") -> int:
             "state_dir": str(paths.root),
             "devices": [d.id for d in devices],
         }
-        _tell(args.ready_fd, known)
-        if args.ready_fd is None and args.json:
+        if args.ready_fd is not None:
+            _tell(args, known)
+        elif args.json:
             print_json(known)
-        elif args.ready_fd is None:
+        else:
             hint(f"flowd is up (pid {os.getpid()}): {len(devices)} devices, state in {paths.root}")
 
     from flowd.daemon import serve
@@ -121,7 +122,9 @@ def _detach(args: argparse.Namespace, paths: "StatePaths") -> int:
     return 0
 
 
-def _tell(descriptor: int | None, answer: dict[str, object]) -> None:
-    if descriptor is not None:
-        os.write(descriptor, json.dumps(answer).encode())
-        os.close(descriptor)
+def _tell(args: argparse.Namespace, answer: dict[str, object]) -> None:
+    """Answer the waiting `--detach`, if there is one; what happens later is for the log."""
+    if args.ready_fd is not None:
+        os.write(args.ready_fd, json.dumps(answer).encode())
+        os.close(args.ready_fd)
+        args.ready_fd = None
