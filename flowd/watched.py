@@ -1,5 +1,7 @@
 """What a stream of updates tells about a job. Plain data: shows nothing, asks nobody."""
 
+import re
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +9,8 @@ from typing import Any
 from flowd.console import stage_times
 
 USUAL_ACTOR_STATES = frozenset({"ready", "running", "parked"})
+WINDOW_S = 5.0  # one short step says little about where time goes
+STAGE_KEY = re.compile(r"(env|rollout|inference|trainer)_(setup|work|wait_\w+)_s")
 Update = dict[str, Any]
 
 
@@ -32,7 +36,7 @@ class Watched:
     error: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     actors: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _earlier: dict[str, dict[str, float]] = field(default_factory=dict)
+    recent: deque[dict[str, Any]] = field(default_factory=deque)
 
     def apply(self, update: Update) -> None:
         """Take one update in. Events of unknown kinds change nothing."""
@@ -41,30 +45,27 @@ class Watched:
                 status = update["status"]
                 self._take_state(status)
                 self.step, self.steps = status.get("step") or 0, status.get("steps") or 0
-                self.actors = {a["name"]: self._timed(a) for a in status.get("actors", [])}
+                self.actors = {actor["name"]: actor for actor in status.get("actors", [])}
                 if not self.metrics:
                     self.metrics = dict(status)
             case "step":
                 self.metrics = update["metrics"]
                 self.step = self.metrics.get("policy_version", self.metrics["step"])
-            case "actor" if update.get("state") == "gone":
-                self.actors[update["name"]] = dict(update)
-                self._earlier.pop(update["name"], None)
+                self.recent.append(self.metrics)
+                while sum(m.get("seconds") or 0.0 for m in self.recent) > WINDOW_S:
+                    if len(self.recent) == 1:
+                        break
+                    self.recent.popleft()
             case "actor":
-                self.actors[update["name"]] = self._timed(update)
+                self.actors[update["name"]] = update
             case "job":
                 self._take_state(update)
 
     def recent_times(self) -> dict[str, str]:
-        """How each stage's time divided between its actors' last two reports."""
-        recent = []
-        for name, actor in self.actors.items():
-            times = actor.get("time") or {}
-            earlier = self._earlier.get(name, {})
-            since = {key: seconds - earlier.get(key, 0.0) for key, seconds in times.items()}
-            restarted = any(seconds < 0 for seconds in since.values())
-            recent.append({**actor, "time": times if restarted else since})
-        return stage_times(recent)
+        """How each stage's time divided over the last steps; before them, since its actors' start."""
+        if not self.recent:
+            return stage_times(self.actors.values())
+        return stage_times(stage for metrics in self.recent for stage in stages_of(metrics))
 
     def unusual_actors(self) -> dict[str, str]:
         """Name and state of actors that are neither at work nor waiting for it."""
@@ -90,11 +91,21 @@ class Watched:
         self.reason = said.get("reason") or self.reason
         self.error = said.get("error") or self.error
 
-    def _timed(self, actor: Mapping[str, Any]) -> dict[str, Any]:
-        times = (self.actors.get(actor["name"]) or {}).get("time")
-        if times and actor.get("time") and times != actor["time"]:
-            self._earlier[actor["name"]] = times
-        return dict(actor)
+
+def stages_of(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A step's time per stage, in the form of actors' times.
+
+    The conductor sums "rollout_work_s", "env_wait_tickets_s" and the like over the actors of a
+    stage. The trainer's part is told by the step itself: what its step did not take, it waited.
+    """
+    times: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        if match := STAGE_KEY.fullmatch(key):
+            times.setdefault(match[1], {})[match[2]] = float(value)
+    seconds, busy = metrics.get("seconds"), metrics.get("seconds_step")
+    if "trainer" not in times and seconds is not None and busy is not None:
+        times["trainer"] = {"work": busy, "wait_groups": max(seconds - busy, 0.0)}
+    return [{"kind": kind, "time": seconds} for kind, seconds in times.items()]
 
 
 def tokens_per_s(metrics: Mapping[str, Any]) -> float | None:

@@ -40,6 +40,8 @@ def step(number: int) -> dict[str, object]:
         "staleness_max": 1,
         "tokens": 600,
         "seconds": 0.5,
+        "rollout_work_s": 0.3,
+        "rollout_wait_weights_s": 0.1,
     }
     return {"event": "step", "job": "toy", "metrics": metrics}
 

@@ -1,32 +1,44 @@
 """What updates tell about a job."""
 
+from typing import Any
+
 from fake_daemon import job_status
 
-from flowd.watched import Watched, tokens_per_s
+from flowd.watched import Watched, stages_of, tokens_per_s
 
 
-def actor(work: float, wait: float, **changes: object) -> dict[str, object]:
-    times = {"work": work, "wait_groups": wait, "wait_credit": 0.1}
-    return {"event": "actor", "name": "trainer-0", "kind": "trainer", "time": times, **changes}
+def step(number: int, **metrics: float) -> dict[str, Any]:
+    return {"event": "step", "metrics": {"step": number, "seconds": 2.0, **metrics}}
 
 
-def test_times_are_those_between_the_last_two_reports():
+def test_times_are_those_of_the_last_seconds():
     """A long job shows what it does now, not its average."""
     watched = Watched("toy")
-    watched.apply(actor(100.0, 0.0))
-    assert watched.recent_times()["trainer"].startswith("work 100%")
-    watched.apply(actor(101.0, 3.0))
-    assert watched.recent_times() == {"trainer": "work 25%, waits for groups 75%"}
-    watched.apply(actor(101.0, 3.0))
-    assert watched.recent_times() == {"trainer": "work 25%, waits for groups 75%"}
+    watched.apply({"event": "status", "status": job_status()})
+    assert watched.recent_times() == {"rollout": "work 75%, waits for weights 25%"}
+    for number in range(10):
+        watched.apply(step(number, rollout_work_s=2.0, rollout_wait_lease_s=0.0))
+    assert watched.recent_times() == {"rollout": "work 100%"}
+    for number in range(10, 13):
+        watched.apply(step(number, rollout_work_s=0.5, rollout_wait_lease_s=1.5))
+    assert watched.recent_times() == {"rollout": "work 25%, waits for lease 75%"}
 
 
-def test_a_restarted_actor_counts_from_zero():
-    """Its clocks began anew."""
+def test_a_step_longer_than_the_window_counts_alone():
+    """The newest step always counts."""
     watched = Watched("toy")
-    watched.apply(actor(100.0, 100.0))
-    watched.apply(actor(2.0, 2.0))
-    assert watched.recent_times()["trainer"].startswith("work 49%")
+    watched.apply(step(0, env_work_s=9.0, env_wait_rollout_s=1.0))
+    watched.apply({"event": "step", "metrics": {"step": 1, "seconds": 60.0, "env_work_s": 1.0}})
+    assert watched.recent_times() == {"env": "work 100%"}
+
+
+def test_the_trainer_waits_for_what_its_step_did_not_take():
+    """Unless it tells its own times."""
+    assert stages_of({"seconds": 2.0, "seconds_step": 0.5}) == [
+        {"kind": "trainer", "time": {"work": 0.5, "wait_groups": 1.5}}
+    ]
+    told = {"seconds": 2.0, "seconds_step": 0.5, "trainer_wait_lease_s": 1.0}
+    assert stages_of(told) == [{"kind": "trainer", "time": {"wait_lease": 1.0}}]
 
 
 def test_state_and_error_are_kept():
