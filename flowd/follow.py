@@ -11,8 +11,9 @@ from flowd.control import ENDED
 from flowd.errors import DaemonLost, JobFailed
 from flowd.watched import Update, Watched, tokens_per_s
 
-# Events that a line each is worth; steps have their own line, and commits come with every step.
-NEWS = ("warmup", "restart", "failed", "rollback", "scale", "guard")
+# Events that a line each is worth. Steps have their own line, commits come with every step, and
+# "failed" is told by the restart or the end of the job that follows it.
+NEWS = ("warmup", "restart", "rollback", "scale")
 
 
 class View(Protocol):
@@ -189,7 +190,8 @@ def live_table(watched: Watched) -> Any:
     )
     times = watched.recent_times()
     lines = [f"{kind:<10} {text}" for kind, text in times.items()]
-    lines += [f"{name:<10} {state}" for name, state in watched.unusual_actors().items()]
+    if watched.state not in ENDED:  # then all of them are gone, as they should be
+        lines += [f"{name:<10} {state}" for name, state in watched.unusual_actors().items()]
     table.caption = Text("\n".join(lines))
     table.caption_justify = "left"
     return table

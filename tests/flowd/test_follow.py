@@ -28,6 +28,14 @@ def test_the_table_shows_step_reward_staleness_and_waits():
         assert part in text
 
 
+def test_the_actors_of_an_ended_job_are_not_missed():
+    """They are gone, as they should be."""
+    watched = Watched("toy")
+    watched.apply({"event": "status", "status": job_status(state="done")})
+    watched.apply({"event": "actor", "name": "env-1", "kind": "env", "state": "gone"})
+    assert "gone" not in rendered(watched)
+
+
 def test_a_job_that_told_nothing_yet_can_be_shown():
     """Before the first update."""
     assert "0/0" in rendered(Watched("toy"))
@@ -45,8 +53,8 @@ def test_the_live_view_gives_the_terminal_back(capsys):
 
 def test_news_leave_tracebacks_to_the_end():
     """A line is a line."""
-    line = news_line({"event": "failed", "job": "toy", "actor": "env-0", "traceback": "a\nb"})
-    assert line == "failed: actor=env-0"
+    line = news_line({"event": "restart", "job": "toy", "actor": "env-0", "traceback": "a\nb"})
+    assert line == "restart: actor=env-0"
 
 
 def test_conclusions():
