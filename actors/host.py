@@ -7,6 +7,7 @@ code 0), the actor raised (1, flowd is told the traceback first), or no flowd wa
 import asyncio
 import logging
 import os
+import sys
 import time
 import traceback
 from typing import Any
@@ -114,6 +115,9 @@ class ActorHost:
 
     async def _live(self) -> None:
         cls = actor_class(self.spec.kind)
+        if "torch" in sys.modules:
+            # Also inline: several computing actors with a thread pool each would fight over the cores.
+            sys.modules["torch"].set_num_threads(self.spec.threads)
         self.actor = cls(self.spec, self.endpoint, self._router, self.lease, inline=self.inline)
         early, self._early = self._early, []
         for sender, message, payload in early:

@@ -17,10 +17,6 @@ def run(argument: bytes) -> int:
     """Called in the fresh process with the MessagePack of an ActorSpec; returns the process's exit code."""
     spec = msgspec.msgpack.decode(argument, type=ActorSpec)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
-    if spec.kind in ("rollout", "trainer"):
-        import torch
-
-        torch.set_num_threads(spec.threads)
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -309,7 +309,9 @@ class RolloutActor(Actor):
         """All samples of a turn start together."""
         assert self.engine is not None
         if len(requests) > self.config.rollout.max_running:
-            return not self.engine.num_running  # more than the engine runs at a time: alone, in waves
+            return (
+                not self.engine.num_running
+            )  # more than the engine runs at a time: alone, in waves
         return len(requests) <= self.engine.free_slots and self.engine.can_admit(requests[0])
 
     def _prepare(self, work: Work) -> None:
