@@ -132,6 +132,9 @@ class ActorHost:
         error = life.exception()
         if error is None:
             return EXIT_DONE
+        # Of a group of equal failures (groups played side by side) users want the first, as it was raised.
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
         text = "".join(traceback.format_exception(error))
         log.error("actor=%s raised\n%s", self.spec.actor, text)
         line = traceback.format_exception_only(error)[-1].strip()

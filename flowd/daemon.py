@@ -35,7 +35,7 @@ from flowd import lockfile
 from flowd.control import ENDED, ControlDesk
 from flowd.devices import Device
 from flowd.errors import FlowdError, RequestError, UnknownJob
-from flowd.job import parse_job
+from flowd.job import parse_job, parse_resolved
 from flowd.jobs import ActorRecord, Job, JobPlaces, Process
 from flowd.leases import LeaseTable
 from flowd.leasing import LeaseShell
@@ -152,6 +152,7 @@ class FlowdDaemon:
         self._endpoint.on_message = self._on_message
         router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.SNDHWM, 0)  # a slow follower is not one that left
         router.bind(self.paths.control_address)
         self._control = DrainedSocket(router, self._on_request)
         await self._recover()
@@ -217,7 +218,7 @@ class FlowdDaemon:
         saved = self._store.document(f"plan/{row.name}")
         assert saved is not None
         job = self._make_job(
-            row.name, parse_job(row.config, row.name), msgspec.convert(saved, Plan)
+            row.name, parse_resolved(row.config, row.name), msgspec.convert(saved, Plan)
         )
         job.state = row.state
         self._jobs[row.name] = job
@@ -523,7 +524,7 @@ class FlowdDaemon:
             "name": row.name,
             "state": row.state,
             "step": last.get("policy_version", 0),
-            "steps": parse_job(row.config, row.name).job.steps,
+            "steps": parse_resolved(row.config, row.name).job.steps,
             "policy_version": last.get("policy_version", 0),
             "reward_mean": last.get("reward_mean"),
             "staleness_max": last.get("staleness_max"),
@@ -581,16 +582,7 @@ class FlowdDaemon:
         """Updates from this call on."""
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(SUBSCRIBER_BOUND)
         self._subscribers[queue] = job
-        return self._updates(queue)
-
-    async def _updates(
-        self, queue: "asyncio.Queue[dict[str, Any]]"
-    ) -> AsyncIterator[dict[str, Any]]:
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._subscribers.pop(queue, None)
+        return _Subscription(queue, lambda: self._subscribers.pop(queue, None))
 
     def _emit(self, job: str, kind: str, data: dict[str, Any]) -> None:
         """Tell followers, and keep what is worth keeping."""
@@ -606,6 +598,26 @@ class FlowdDaemon:
         for queue, wanted in self._subscribers.items():
             if wanted in (None, job) and not queue.full():
                 queue.put_nowait(update)
+
+
+class _Subscription:
+    """Updates as they come. An iterator of its own: a generator that was never begun cannot be closed."""
+
+    def __init__(
+        self, queue: "asyncio.Queue[dict[str, Any]]", close: Callable[[], object]
+    ) -> None:
+        self._queue = queue
+        self._close = close
+
+    def __aiter__(self) -> "_Subscription":
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        return await self._queue.get()
+
+    async def aclose(self) -> None:
+        """Take no more updates."""
+        self._close()
 
 
 class _ActorProcess:

@@ -56,3 +56,13 @@ def json_lines(path: Path, missing: str) -> Iterator[dict[str, Any]]:
                     f"{path}, line {line_number} is not JSON ({error}): the file was damaged; "
                     "remove the line to read the rest"
                 ) from None
+
+
+def last_state(run_paths: RunPaths) -> str:
+    """The state that a job's event log ends with; "" when it says none."""
+    state = ""
+    if run_paths.events.exists():
+        for event in json_lines(run_paths.events, ""):
+            if event.get("kind") == "job":
+                state = str(event.get("state", ""))
+    return state

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from flowd.console import hint, print_json
     from flowd.errors import FlowdError
-    from flowd.runs import existing_run, paths_of
+    from flowd.runs import existing_run, last_state, paths_of
 
     paths = paths_of(args)
     run_paths = existing_run(paths, args.job)
@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from actors.conductor.ledger import LedgerError, audit
 
     try:
-        found = audit(run_paths.root)
+        # Of a job that is done nothing may pend, and nothing be trained beyond the last commit.
+        found = audit(run_paths.root, finished=last_state(run_paths) == "done")
     except LedgerError as error:
         raise FlowdError(f'job "{args.job}" cannot be audited: {error}') from error
     if args.json:
