@@ -46,7 +46,9 @@ class WarmupConfig(Section, frozen=True, kw_only=True):
 
     steps: Annotated[int, Meta(ge=0)] = 0
     """Updates; 0 leaves the phase out."""
+    until_reward: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """End it as soon as the expected reward is this: the mean probability of whole right answers, over 10 updates."""
     batch_size: Annotated[int, Meta(ge=1)] = 128
     """Examples per update."""
     learning_rate: Annotated[float, Meta(gt=0)] = 3e-3
-    """Adam's peak step size (linear decay to a tenth)."""
+    """Adam's step size; it rises over the first 20 updates."""
