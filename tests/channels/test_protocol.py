@@ -439,7 +439,7 @@ class Histories(RuleBasedStateMachine):
     successor, later and in any order. In the end all meet again and work everything off.
     """
 
-    @initialize(capacities=st.lists(st.integers(0, 5), min_size=3, max_size=3), early=st.booleans())
+    @initialize(capacities=st.lists(st.integers(0, 3), min_size=3, max_size=3), early=st.booleans())
     def begin(self, capacities: list[int], early: bool) -> None:
         self.network = Network()
         self.news: deque[tuple[str, str, str]] = deque()  # (who hears, what, of whom)
@@ -516,7 +516,7 @@ class Histories(RuleBasedStateMachine):
         self.network.run()
 
     def resize(self, random: Random) -> None:
-        consumer, capacity = random.choice(CONSUMERS), random.randint(0, 5)
+        consumer, capacity = random.choice(CONSUMERS), random.choice([0, 1, 1, 2, 5])
         self.network.consumers[consumer].capacity = capacity
         self.limit[consumer] = max(self.limit[consumer], capacity)
 
@@ -621,8 +621,9 @@ class Histories(RuleBasedStateMachine):
     def teardown(self) -> None:
         while self.news:
             self.tell(0)
+        # In the end one consumer serves all, with room for one item: nothing may be stuck with others.
         for name, consumer in self.network.consumers.items():
-            consumer.capacity = max(1, consumer.capacity)
+            consumer.capacity = 1 if name == "a" else 0
             self.limit[name] = max(1, self.limit[name])
         for _ in range(200):
             self.network.run()
