@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Peer, Run
+from channel_peers import Peer, Run
 
 from channels.channel import ChannelRouter, Consumer, Item, Producer
 from channels.endpoint import Endpoint, InlineHub, ZmqEndpoint
@@ -333,7 +333,7 @@ def test_introductions_in_either_order_and_twice(run: Run, web: Make, consumer_f
         w = web()
         producer = w.router("p").producer("work", bound=8)
         consumer = w.router("a").consumer("work", capacity=2)
-        introductions = [
+        introductions: list[Callable[[], None]] = [
             lambda: producer.add_consumer("a"),
             lambda: consumer.add_producer("p"),
         ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
-from conftest import Peer, Run
+from channel_peers import Peer, Run
 from peer_process import Echo as Note
 
 from channels import messages
@@ -234,10 +234,11 @@ def test_garbage_is_logged_and_dropped(
     async def main() -> None:
         b = ZmqEndpoint("b", f"ipc://{sockets}/b")
         box = mailbox(b)
-        rogue = zmq.Context.instance().socket(zmq.DEALER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        rogue = context.socket(zmq.DEALER)
         rogue.setsockopt(zmq.ROUTING_ID, b"\xff\xfe")
-        nameless = zmq.Context.instance().socket(zmq.DEALER)
-        named = zmq.Context.instance().socket(zmq.DEALER)
+        nameless = context.socket(zmq.DEALER)
+        named = context.socket(zmq.DEALER)
         named.setsockopt(zmq.ROUTING_ID, b"rogue")
         note = messages.encode(Note(number=1))
         for socket in (rogue, nameless, named):

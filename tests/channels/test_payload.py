@@ -47,13 +47,13 @@ def identical(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, np.ndarray):
-        return (
+        return bool(
             left.dtype == right.dtype
             and left.shape == right.shape
             and left.tobytes() == right.tobytes()
         )
     if isinstance(left, torch.Tensor):
-        return (
+        return bool(
             left.dtype == right.dtype
             and left.shape == right.shape
             and left.contiguous().reshape(-1).view(torch.uint8).tolist()

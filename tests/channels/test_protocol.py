@@ -651,6 +651,6 @@ class Histories(RuleBasedStateMachine):
 )
 def test_random_histories_lose_and_double_nothing(examples: int) -> None:
     """See `Histories`."""
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Histories, settings=settings(max_examples=examples, stateful_step_count=80, deadline=None)
     )

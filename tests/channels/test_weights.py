@@ -1,9 +1,11 @@
 """The node's host copy of weights."""
 
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,14 +158,14 @@ def test_version_taken_between_open_and_lock_is_gone(
     directory = WeightsDirectory(tmp_path, keep=2)
     for version in range(2):
         directory.publish(0, version, model(version).items())
-    flock = weights.fcntl.flock
+    flock = fcntl.flock
 
-    def late(file: object, operation: int) -> None:
-        monkeypatch.setattr(weights.fcntl, "flock", flock)
+    def late(file: Any, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
         directory.publish(0, 2, model(2).items())
-        flock(file, operation)  # type: ignore[arg-type]
+        flock(file, operation)
 
-    monkeypatch.setattr(weights.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(VersionGone):
         directory.load(0, 0)
 
