@@ -16,6 +16,11 @@ COPY_BELOW_BYTES = (
     65536  # below it, pyzmq's bookkeeping of a shared buffer costs more than the copy
 )
 
+# Plain integers: an operation on pyzmq's enum flags costs more than the question it asks.
+_READABLE = int(zmq.POLLIN)
+_LAST = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+
 Part = bytes | bytearray | memoryview
 
 
@@ -42,7 +47,7 @@ class DrainedSocket:
         """Send one message. Never blocks; raises zmq.Again where the socket has a full high-water
         mark."""
         send_parts(self.socket, parts)
-        if int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if int(self.socket.getsockopt(zmq.EVENTS)) & _READABLE:
             self._drain_soon()
 
     def close(self, linger_ms: int = 0) -> None:
@@ -66,12 +71,12 @@ class DrainedSocket:
     def _drain(self) -> None:
         socket = self.socket
         for _ in range(MAX_PER_TURN):
-            if self._closed or not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if self._closed or not int(socket.getsockopt(zmq.EVENTS)) & _READABLE:
                 return
-            frame = socket.recv(zmq.NOBLOCK, copy=False)
+            frame = socket.recv(_LAST, copy=False)
             frames = [frame]
             while frame.more:
-                frame = socket.recv(zmq.NOBLOCK, copy=False)
+                frame = socket.recv(_LAST, copy=False)
                 frames.append(frame)
             try:
                 self._on_frames(frames)
@@ -86,5 +91,5 @@ def send_parts(socket: "zmq.Socket[bytes]", parts: Sequence[Part]) -> None:
     """Send one multipart message, not blocking; large parts are shared with ZeroMQ, not copied."""
     last = len(parts) - 1
     for position, part in enumerate(parts):
-        flags = zmq.NOBLOCK if position == last else zmq.NOBLOCK | zmq.SNDMORE
+        flags = _LAST if position == last else _MORE
         socket.send(part, flags, copy=len(part) < COPY_BELOW_BYTES)
