@@ -57,19 +57,21 @@ class TrainerActor(Actor):
         self.rank_commands: asyncio.Queue[tuple[RankCommand, Any]] = asyncio.Queue()
         self.replies: dict[tuple[str, int], asyncio.Future[None]] = {}
         self.pool: dict[tuple[int, int], Group] = {}
+        self.admitted: dict[int, deque[Admit]] = {}  # by step; later steps fill while this one is trained
         self.commit = Manifest(step=0, policy_version=0, run_attempt=0)  # the last one
         self.trained: list[int] = []  # since then
         self.step = 0
         self.run_attempt = -1
         self.paused = False
         self.conductor: Introduce | None = None
-        if not self.leader:
-            return
-        self.groups = self.router.consumer(
-            "groups", capacity=job.groups_per_step * (job.max_staleness + 1)
-        )
+        if self.leader:
+            self.groups = self.router.consumer(
+                "groups", capacity=job.groups_per_step * (job.max_staleness + 1)
+            )
         async with self.lease:
-            await self.compute("onload", self._take_device)
+            await self.compute("onload", self._take_device)  # all ranks join here
+            if not self.leader:
+                return
             if newest_manifest(self.run_dir) is None:
                 await self._first_commit()
             await self.compute("load", self._load_commit)
@@ -161,66 +163,73 @@ class TrainerActor(Actor):
 
     async def _lead(self) -> None:
         while True:
-            with self.time.measure("wait_groups"):
-                command = await self.commands.get()
-            match command:
-                case BeginRun():
-                    await self._begin_run(command)
-                case CommitAndPause():
-                    self.paused = True
-                    if self.commit.step != self.step:
-                        await self._commit()
-                    self._tell_committed()
-                case Admit() if not self.paused and command.step == self.step:
-                    await self._train_step(command)
+            if not self.paused and self.admitted.get(self.step):
+                await self._train_step()
+            else:
+                await self._obey(await self._next_command())
+
+    async def _next_command(self) -> Command:
+        with self.time.measure("wait_groups"):
+            return await self.commands.get()
+
+    async def _obey(self, command: Command) -> None:
+        match command:
+            case BeginRun():
+                await self._begin_run(command)
+            case CommitAndPause():
+                self.paused = True
+                if self.commit.step != self.step:
+                    await self._commit()
+                self._tell_committed()
+            case Admit():
+                self.admitted.setdefault(command.step, deque()).append(command)
+
+    async def _next_admit(self) -> Admit | None:
+        """The next group of the current step; None when another command ended the step's run."""
+        while not self.admitted.get(self.step):
+            command = await self._next_command()
+            await self._obey(command)
+            if not isinstance(command, Admit):
+                return None
+        return self.admitted[self.step].popleft()
 
     async def _begin_run(self, command: BeginRun) -> None:
         assert command.step == self.step
         self.run_attempt = command.run_attempt
         self.paused = False
         self.pool.clear()
+        self.admitted.clear()
         async with self.lease:
             await self._ensure_device()
             await self._command_ranks("begin")
             await self._publish()
         self.lease.idle()
 
-    async def _train_step(self, first: Admit) -> None:
+    async def _train_step(self) -> None:
         """Train on the groups of one step as they are admitted."""
         began = time.monotonic()
         share_before = self.time.seconds()
-        queued: deque[Admit] = deque([first])
-        if self.lease.shared:
-            # Taking turns: the device is taken once the whole batch is there.
-            while not queued[-1].last:
-                with self.time.measure("wait_groups"):
-                    command = await self.commands.get()
-                if not isinstance(command, Admit):
-                    return self.commands.put_nowait(command)  # the run was rolled back
-                queued.append(command)
         budget = self.config.trainer.micro_batch_tokens * self.spec.num_ranks
         started = False
         groups: list[Group] = []
         batch: list[Group] = []
         while True:
-            if queued:
-                admit = queued.popleft()
-            else:
-                with self.time.measure("wait_groups"):
-                    command = await self.commands.get()
-                if not isinstance(command, Admit):
-                    return self.commands.put_nowait(command)
-                admit = command
+            admit = await self._next_admit()
+            if admit is None:
+                return  # the run was rolled back
             group = self.pool.pop((admit.group, admit.attempt))
             groups.append(group)
             batch.append(group)
             # Chunks are cut by tokens alone, never by arrival times: the same order gives the same chunks.
-            if admit.last or sum(_context_tokens(g) for g in batch) >= budget:
+            full = sum(_context_tokens(g) for g in batch) >= budget
+            # Taking turns, the device is taken once the whole batch is there.
+            if admit.last or (full and not self.lease.shared):
                 async with self._on_device():
                     await self._accumulate(batch, begin=not started)
                 started, batch = True, []
             if admit.last:
                 break
+        self.admitted.pop(self.step)
         async with self._on_device():
             metrics = await self._finish_step(groups)
             self.step += 1
@@ -228,7 +237,7 @@ class TrainerActor(Actor):
             if finite:
                 self.trained.extend(group.group for group in groups)
                 await self._publish()
-        if not admit.last or not finite:
+        if not finite:
             self.paused = (
                 True  # the conductor ends the job; such weights are neither published nor committed
             )
@@ -362,12 +371,13 @@ class TrainerActor(Actor):
         return build_engine(self.spec, self.config)
 
     def _warm_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        from actors.backends.hf_trainer import HFTrainingEngine
         from actors.trainer.building import warm_up
 
         def progress(**data: Any) -> None:
             loop.call_soon_threadsafe(lambda: self.event("warmup", **data))
 
-        assert self.engine is not None
+        assert isinstance(self.engine, HFTrainingEngine)
         warm_up(self.engine, self.config, Path(self.spec.cache_dir), progress)
 
     def _load_commit(self) -> None:
