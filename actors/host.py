@@ -58,6 +58,7 @@ class ActorHost:
         self._router = ChannelRouter(endpoint)
         self._router.on_message = self._on_message
         self._early: list[tuple[str, Message, Any]] = []
+        self._unmet: dict[str, list[tuple[Message, Any]]] = {}
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
         self._incarnation = ""
         self._heartbeat_s = 1.0
@@ -217,7 +218,13 @@ class ActorHost:
                 self._early.append((sender, message, payload))
             case Introduce():
                 self.actor.introduced(message)
+                for waiting, with_payload in self._unmet.pop(message.peer, ()):
+                    self.actor.on_message(message.peer, waiting, with_payload)
             case Forget():
+                self._unmet.pop(message.peer, None)
                 self.actor.forgotten(message.peer, message.epoch)
-            case _:
+            case _ if sender in self.actor.peers:
                 self.actor.on_message(sender, message, payload)
+            case _:
+                # The other side was introduced first: it is answered once it is known here too.
+                self._unmet.setdefault(sender, []).append((message, payload))

@@ -509,7 +509,9 @@ class Job:
                     },
                 )
             case LeaseWanted():
-                self.leases.want(lease)
+                # The replica was granted before this rank had said hello.
+                if (grant := self.leases.want(lease)) is not None:
+                    self._send(record, grant)
             case LeaseIdle() if record.rank == 0:
                 self.leases.idle(lease, message.lease_epoch)
             case LeaseBusy() if record.rank == 0:

@@ -83,10 +83,16 @@ class LeaseShell:
             self._record(replica, held)
         self._carry_out(self.table.remove(replica, time.monotonic()))
 
-    def want(self, replica: str) -> None:
-        """A rank wants to compute."""
-        if self.table.lease(replica) is not None:
-            self._carry_out(self.table.want(replica, time.monotonic()))
+    def want(self, replica: str) -> LeaseGranted | None:
+        """A rank wants to compute. Returns the grant where it stands already: this rank missed it."""
+        lease = self.table.lease(replica)
+        if lease is None:
+            return None
+        standing = lease.state == "holding"
+        self._carry_out(self.table.want(replica, time.monotonic()))
+        if not standing:
+            return None
+        return LeaseGranted(lease_epoch=lease.epoch, shared=self.is_shared(replica))
 
     def idle(self, replica: str, epoch: int) -> None:
         """The leader has nothing to compute."""
