@@ -223,7 +223,7 @@ class ActorHost:
             case Forget():
                 self._unmet.pop(message.peer, None)
                 self.actor.forgotten(message.peer, message.epoch)
-            case _ if sender in self.actor.peers:
+            case _ if sender == FLOWD or sender in self.actor.peers:
                 self.actor.on_message(sender, message, payload)
             case _:
                 # The other side was introduced first: it is answered once it is known here too.
