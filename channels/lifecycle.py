@@ -22,7 +22,8 @@ class ActorSpec(msgspec.Struct, frozen=True, kw_only=True):
     replica: str
     rank: int
     num_ranks: int
-    devices: tuple[str, ...]
+    devices: tuple[str, ...]  # of this rank
+    replica_devices: tuple[str, ...]  # of all ranks
     device_memory_bytes: int | None
     config: bytes  # the job config, MessagePack of JobConfig
     run_dir: str

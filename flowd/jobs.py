@@ -287,6 +287,12 @@ class Job:
             rank=record.rank,
             num_ranks=record.num_ranks,
             devices=record.devices,
+            replica_devices=tuple(
+                device
+                for other in self.actors.values()
+                if other.replica == record.replica
+                for device in other.devices
+            ),
             device_memory_bytes=device.memory_bytes if device is not None else None,
             config=self._packed_config,
             run_dir=str(self.places.run_dir),

@@ -57,6 +57,13 @@ def warm_up(
         task.close()
 
 
+def _backend(spec: ActorSpec, device: torch.device) -> str:
+    """NCCL, unless two ranks have slots of one GPU: it refuses a GPU that is there twice."""
+    gpus = [name.partition(".")[0] for name in spec.replica_devices]
+    distinct = len(set(gpus)) == len(gpus)
+    return "nccl" if device.type == "cuda" and distinct else "gloo"
+
+
 def _process_group(spec: ActorSpec, device: torch.device) -> dist.ProcessGroup:
     """Ranks find each other through a file in the run directory, a fresh one for every start of the replica."""
     rendezvous = Path(spec.run_dir) / f".rendezvous-{spec.replica}.{spec.epoch}"
@@ -64,7 +71,7 @@ def _process_group(spec: ActorSpec, device: torch.device) -> dist.ProcessGroup:
     store = FileStore(str(rendezvous), spec.num_ranks)
     store.set_timeout(timedelta(seconds=JOIN_S))
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        _backend(spec, device),
         store=store,
         rank=spec.rank,
         world_size=spec.num_ranks,
