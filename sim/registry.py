@@ -46,7 +46,9 @@ def make(task: str, *, num_slots: int, args: Mapping[str, Any]) -> Environment:
         if name not in keywords and not open_ended:
             known = [k for k in keywords if k != "num_slots"]
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"it takes {', '.join(known) or 'none'}"
+            hint = (
+                f'did you mean "{near[0]}"?' if near else f"it takes {', '.join(known) or 'none'}"
+            )
             raise SimError(f'task "{task}" takes no argument "{name}": {hint}')
     environment: Environment = make_environment(num_slots=num_slots, **args)
     return environment

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 
 from sim.contract import ChatMessage, StepResult, TextObservation
+from sim.errors import SimError
 
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
@@ -55,12 +56,13 @@ class Arithmetic:
         return observations
 
     def step(self, slots: Sequence[int], actions: Sequence[str]) -> list[StepResult]:
-        """Check each answer, surrounding white space aside. Every episode ends here."""
+        """Check each answer, surrounding white space aside. Every episode ends here.
+
+        SimError: a slot has no episode; nothing is changed.
+        """
+        answers = [self._answer_of(slot) for slot in slots]
         results = []
-        for slot, action in zip(slots, actions, strict=True):
-            answer = self._answers[slot]
-            if answer is None:
-                raise ValueError(f"slot {slot} holds no episode: reset it before step")
+        for slot, answer, action in zip(slots, answers, actions, strict=True):
             self._answers[slot] = None
             correct = float(action.strip() == answer)
             results.append(
@@ -80,6 +82,12 @@ class Arithmetic:
     def examples(self, seeds: Sequence[int]) -> list[tuple[TextObservation, str]]:
         """Worked examples for supervised warm-up: of each seed the observation and the right answer."""
         return [(_observation(question), answer) for question, answer in map(self._problem, seeds)]
+
+    def _answer_of(self, slot: int) -> str:
+        answer = self._answers[slot]
+        if answer is None:
+            raise SimError(f"slot {slot} has no episode (ended or never begun): reset it first")
+        return answer
 
     def _problem(self, seed: int) -> tuple[str, str]:
         # Only `random()` is promised to give the same numbers in every version of Python.
