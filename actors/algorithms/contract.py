@@ -21,14 +21,14 @@ class TokenBatch:
     logprobs: [tokens], under the policy that is trained, with gradient
     behaviour_logprobs: [tokens], as they were when sampled
     advantages: [tokens]    weights: [tokens], see `Algorithm.weights`
-    entropy: [tokens], or None when the config does not ask for it
+    entropy: [tokens], with gradient only where the config gives it a weight
     """
 
     logprobs: "Tensor"
     behaviour_logprobs: "Tensor"
     advantages: "Tensor"
     weights: "Tensor"
-    entropy: "Tensor | None" = None
+    entropy: "Tensor"
 
 
 class Algorithm(Protocol):

@@ -1,9 +1,9 @@
 """Group relative policy optimization (GRPO), with Dr. GRPO and DAPO's loss as settings.
 
-Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1: the baseline of a sample is the mean reward of its group,
-and the policy ratio is clipped as in PPO. Dr. GRPO (https://arxiv.org/abs/2503.20783) leaves the division by the standard
-deviation out; DAPO (https://arxiv.org/abs/2503.14476) clips higher above than below (3.1) and takes the mean over tokens,
-not over sequences (3.3).
+Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1: the baseline of a sample is the mean reward of its
+group, and the policy ratio is clipped as in PPO. Dr. GRPO (https://arxiv.org/abs/2503.20783) leaves the division by the
+standard deviation out; DAPO (https://arxiv.org/abs/2503.14476) clips higher above than below (3.1) and takes the mean
+over tokens, not over sequences (3.3).
 """
 
 import torch
@@ -14,6 +14,9 @@ from actors.algorithms.contract import TokenBatch
 
 METRICS = ("clip_fraction", "ratio_mean", "kl_sampler", "entropy")
 STD_FLOOR = 1e-6  # a group of nearly equal rewards is not blown up
+MAX_LOG_RATIO = (
+    20.0  # one token that the policy has left far behind does not make the sums infinite
+)
 
 
 def advantages(rewards: Tensor, config: AlgorithmConfig) -> Tensor:
@@ -25,14 +28,14 @@ def advantages(rewards: Tensor, config: AlgorithmConfig) -> Tensor:
     if not config.normalize_std:
         return centred
     std = centred.square().mean().sqrt()
-    return torch.where(std > STD_FLOOR, centred / (std + STD_FLOOR), torch.zeros_like(centred))
+    return torch.where(std > STD_FLOOR, centred / std.clamp(min=STD_FLOOR), 0.0)
 
 
 def weights(lengths: Tensor, config: AlgorithmConfig) -> Tensor:
     """What a token counts: the same everywhere ("token"), or its share of its sequence ("sequence"). [sequences]"""
     if config.loss_aggregation == "token":
-        return torch.ones_like(lengths, dtype=torch.float32)
-    return 1.0 / lengths.clamp(min=1).float()
+        return torch.ones_like(lengths, dtype=torch.float64)
+    return 1.0 / lengths.clamp(min=1).double()
 
 
 def denominator(lengths: Tensor, config: AlgorithmConfig) -> float:
@@ -44,7 +47,7 @@ def denominator(lengths: Tensor, config: AlgorithmConfig) -> float:
 
 def loss(batch: TokenBatch, config: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate (PPO, https://arxiv.org/abs/1707.06347, equation 7), as a weighted sum over tokens."""
-    log_ratio = batch.logprobs - batch.behaviour_logprobs
+    log_ratio = (batch.logprobs - batch.behaviour_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     surrogate = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
@@ -56,8 +59,8 @@ def loss(batch: TokenBatch, config: AlgorithmConfig) -> tuple[Tensor, dict[str, 
             "ratio_mean": ratio.sum(),
             # The k3 estimate of KL(sampler ‖ trainer), http://joschu.net/blog/kl-approx.html
             "kl_sampler": (ratio - 1.0 - log_ratio).sum(),
-            "entropy": ratio.new_zeros(()) if batch.entropy is None else batch.entropy.sum(),
+            "entropy": batch.entropy.sum(),
         }
-    if batch.entropy is not None and config.entropy_coefficient:
+    if config.entropy_coefficient:
         total = total - config.entropy_coefficient * (batch.weights * batch.entropy).sum()
     return total, sums

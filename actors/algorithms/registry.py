@@ -1,5 +1,6 @@
 """Algorithms by the name in [algorithm]. Torch-free until one is asked for."""
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import cast
 
@@ -11,5 +12,7 @@ ALGORITHMS = {"grpo": "actors.algorithms.grpo"}
 def find(name: str) -> Algorithm:
     """The algorithm's module. Raises ValueError for a name that is not in the table."""
     if name not in ALGORITHMS:
-        raise ValueError(f'[algorithm] name = "{name}": known are {", ".join(ALGORITHMS)}')
+        near = get_close_matches(name, ALGORITHMS, n=1)
+        known = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(ALGORITHMS)}"
+        raise ValueError(f'[algorithm] name = "{name}": {known}')
     return cast(Algorithm, import_module(ALGORITHMS[name]))

@@ -1,12 +1,10 @@
 """The training engine on a transformers causal LM: one rank of a data-parallel trainer.
 
-Float32 master weights, compute in float32 or bfloat16 (autocast). Sequences are sorted by length and padded on the right
-(causal attention never looks there), in micro-batches by token budget; only positions that carry loss go through the
-language model head. Gradients and denominators are summed over micro-batches and ranks and divided once (`algorithms.contract`).
+Float32 master weights and AdamW, compute in float32 or bfloat16 (autocast). Sequences are padded into micro-batches by
+token budget; gradients, metrics and the denominator are summed over micro-batches and ranks, and divided once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,33 +14,23 @@ from torch import Tensor
 
 from actors.algorithms.config import AlgorithmConfig
 from actors.algorithms.contract import Algorithm, TokenBatch
-from actors.episodes import Group, Sampling, Segment
+from actors.backends.token_logprobs import TokenLogprobs
+from actors.backends.training_batches import TrainingSequence, group_sequences, micro_batches
+from actors.episodes import Group
 from actors.trainer.config import TrainerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MASKED = -1e9  # finite: a masked logit must not make 0 * inf in the backward pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Sequence:
-    """One segment as the model reads it.
-
-    tokens: int64 [length]    positions: int64 [trained], places in `tokens` of the tokens that carry loss
-    logprobs: float32 [trained], the sampler's
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    logprobs: np.ndarray
-    advantage: float
-    weight: float
-    sampling: Sampling
+BUCKET_ELEMENTS = 1 << 24  # of gradients reduced at a time: 64 MiB in float32
+HOST = torch.device("cpu")
 
 
 class HFTrainingEngine:
-    """`TrainingEngine` of actors.backends.contract.
+    """`TrainingEngine` of actors.backends.contract. Moves `model` to `device` and from then on owns it.
 
-    process_group: of all ranks, or None for one    publish_dtype: of what `weights` gives
+    Its parameters are the master weights: float32 (float64 works too, for tests). Dropout stays off, so that log-probs
+    are those of the policy that sampled.
+
+    process_group: of all ranks, or None for one    publish_dtype: of what `weights` gives; None is the master's
     """
 
     def __init__(
@@ -56,19 +44,17 @@ class HFTrainingEngine:
         process_group: dist.ProcessGroup | None = None,
         publish_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model = model.to(device)
         self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(True)
         self._algorithm = algorithm
         self._algorithm_config = algorithm_config
         self._config = config
         self._group = process_group
         self._publish_dtype = publish_dtype
-        self._host = torch.device("cpu")
-        self.model.train()
-        self.model.requires_grad_(True)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_layers(self.model)
         self._parameters = dict(self.model.named_parameters())  # tied ones once
+        self._dtype = next(iter(self._parameters.values())).dtype
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(),
             lr=config.learning_rate,
@@ -76,9 +62,11 @@ class HFTrainingEngine:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self._logprobs = TokenLogprobs(self.model)
         self._steps = 0
-        self._offloaded = False
-        self._sums: dict[str, float] = {}
+        self._resident = True
+        self._host_copies: dict[int, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
 
     # The step.
 
@@ -87,270 +75,227 @@ class HFTrainingEngine:
         self._optimizer.zero_grad(set_to_none=True)
         # The same names on every rank, also on one that gets no group.
         names = ("denominator", "tokens", "loss", *self._algorithm.METRICS)
-        self._sums = dict.fromkeys(names, 0.0)
+        self._sums = {name: self._zero() for name in names}
 
     def accumulate(self, groups: Sequence[Group]) -> None:
         """Forward and backward over complete groups."""
-        sequences = [s for group in groups for s in self._sequences(group)]
-        lengths = torch.tensor([len(s.positions) for s in sequences])
-        self._sums["denominator"] += self._algorithm.denominator(lengths, self._algorithm_config)
-        self._sums["tokens"] += float(lengths.sum())
-        trained = [s for s in sequences if len(s.positions)]
-        for batch in _micro_batches(trained, self._config.micro_batch_tokens):
+        laid_out = [group_sequences(g, self._algorithm, self._algorithm_config) for g in groups]
+        self._sums["denominator"] += sum(group.denominator for group in laid_out)
+        self._sums["tokens"] += sum(group.num_tokens for group in laid_out)
+        sequences = [sequence for group in laid_out for sequence in group.sequences]
+        for batch in micro_batches(sequences, self._config.micro_batch_tokens):
             self._backward(batch)
 
     def finish_step(self) -> dict[str, float]:
-        """Reduce, divide, clip, update; metrics are means over the step's tokens and equal on all ranks."""
+        """Reduce, divide, clip, update. Returns "loss", "grad_norm", "learning_rate", "tokens_trained", and the
+        algorithm's metrics as means over the step's tokens.
+
+        Where loss or gradient is not finite the weights stay as they are, and the metrics show it. They also stay
+        in a step without any trained token.
+        """
         names = sorted(self._sums)
-        totals = torch.tensor([self._sums[name] for name in names], dtype=torch.float64)
+        totals = torch.stack([self._sums[name] for name in names])
         gradients = []
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         if self._group is not None:
-            totals = totals.to(self._reduce_device())
-            dist.all_reduce(totals, group=self._group)
-            self._reduce(gradients)
+            self._all_reduce(totals)
+            for bucket in _buckets(gradients):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                self._all_reduce(flat)
+                pieces = flat.split([gradient.numel() for gradient in bucket])
+                for gradient, piece in zip(bucket, pieces, strict=True):
+                    gradient.copy_(piece.view_as(gradient))
         sums = dict(zip(names, totals.tolist(), strict=True))
-        torch._foreach_div_(gradients, max(sums["denominator"], 1.0))
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
-        warmup = self._config.lr_warmup_steps
-        rate = self._config.learning_rate * min(1.0, (self._steps + 1) / max(warmup, 1))
+        denominator, tokens = sums.pop("denominator"), sums.pop("tokens")
+        loss = sums.pop("loss") / max(denominator, 1.0)
+        torch._foreach_div_(gradients, max(denominator, 1.0))
+        grad_norm = float(
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
+        )
+        rise = min(1.0, (self._steps + 1) / max(self._config.lr_warmup_steps, 1))
+        learning_rate = self._config.learning_rate * rise
         for parameter_group in self._optimizer.param_groups:
-            parameter_group["lr"] = rate
-        grad_norm = float(norm)
-        if np.isfinite(grad_norm):  # weights stay whole; the guards end the job
+            parameter_group["lr"] = learning_rate
+        if np.isfinite((loss, grad_norm)).all() and tokens:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._steps += 1
-        tokens = max(sums["tokens"], 1.0)
-        metrics = {
-            name: round(value / tokens, 8)
-            for name, value in sums.items()
-            if name not in ("denominator", "tokens", "loss")
+        return {
+            **{name: value / max(tokens, 1.0) for name, value in sums.items()},
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_trained": tokens,
         }
-        metrics["loss"] = sums["loss"] / max(sums["denominator"], 1.0)
-        metrics["grad_norm"] = grad_norm
-        metrics["learning_rate"] = rate
-        metrics["tokens_trained"] = sums["tokens"]
-        return metrics
 
-    # Weights and state.
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters under their Hugging Face names, in the dtype that is published."""
-        for name, parameter in self._parameters.items():
-            yield name, parameter.detach().to(self._publish_dtype or parameter.dtype)
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters "model.*", moments "exp_avg.*" and "exp_avg_sq.*", and the counter "steps"; host copies."""
-        state = {"steps": torch.tensor(self._steps)}
-        for name, parameter in self._parameters.items():
-            state[f"model.{name}"] = parameter.detach().to("cpu", copy=True)
-            moments = self._optimizer.state.get(parameter, {})
-            for moment in MOMENTS:
-                if moment in moments:
-                    state[f"{moment}.{name}"] = moments[moment].detach().to("cpu", copy=True)
-        return state
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore `state`. Raises ValueError naming what is missing or has another shape."""
-        wrong = [
-            name
-            for name, parameter in self._parameters.items()
-            if (found := state.get(f"model.{name}")) is None or found.shape != parameter.shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"the state does not fit the model: {', '.join(wrong[:3])} missing or of another shape; "
-                "[model] must be that of the run"
-            )
-        self._steps = int(state["steps"])
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(state[f"model.{name}"])
-                if f"{MOMENTS[0]}.{name}" not in state:
-                    self._optimizer.state.pop(parameter, None)
-                    continue
-                moments: dict[str, Tensor] = {
-                    # The fused kernel wants its counter beside the parameter.
-                    "step": torch.tensor(float(self._steps), device=parameter.device)
-                }
-                for moment in MOMENTS:
-                    saved = state[f"{moment}.{name}"]
-                    moments[moment] = saved.to(parameter.device, copy=True)
-                self._optimizer.state[parameter] = moments
-
-    def offload(self) -> None:
-        """Weights and moments to the host; between two steps only."""
-        self._move(self._host)
-        self._offloaded = True
-
-    def onload(self) -> None:
-        """Weights and moments to the device."""
-        self._move(self.device)
-        self._offloaded = False
-
-    def memory_bytes(self) -> int:
-        """Weights, gradients and moments that are on the device now."""
-        if self._offloaded:
-            return 0
-        held: list[Tensor] = list(self._parameters.values())
-        held += [p.grad for p in self._parameters.values() if p.grad is not None]
-        held += [
-            tensor
-            for moments in self._optimizer.state.values()
-            for tensor in moments.values()
-            if isinstance(tensor, Tensor)
-        ]
-        return sum(tensor.nbytes for tensor in held)
-
-    def _move(self, device: torch.device) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-        for parameter in self._parameters.values():
-            parameter.data = parameter.data.to(device)
-            moments = self._optimizer.state.get(parameter, {})
-            for key, value in moments.items():
-                if isinstance(value, Tensor):
-                    moments[key] = value.to(device)
-        for buffer in self.model.buffers():
-            buffer.data = buffer.data.to(device)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    # Below: how.
-
-    def _sequences(self, group: Group) -> list[_Sequence]:
-        rewards = torch.tensor(group.rewards, dtype=torch.float32)
-        advantages = self._algorithm.advantages(rewards, self._algorithm_config).tolist()
-        parts = [_layout(segment) for segment in group.segments]
-        lengths = torch.tensor([len(positions) for _, positions, _ in parts])
-        weights = self._algorithm.weights(lengths, self._algorithm_config).tolist()
-        return [
-            _Sequence(
-                tokens, positions, logprobs, advantage, weight, segment.turns[-1].action.sampling
-            )
-            for segment, (tokens, positions, logprobs), advantage, weight in zip(
-                group.segments, parts, advantages, weights, strict=True
-            )
-        ]
-
-    def _backward(self, batch: list[_Sequence]) -> None:
-        longest = max(len(s.tokens) for s in batch)
-        tokens = np.zeros((len(batch), longest), dtype=np.int64)
+    def _backward(self, batch: list[TrainingSequence]) -> None:
+        tokens = np.zeros((len(batch), max(len(s.tokens) for s in batch)), dtype=np.int64)
         for row, sequence in enumerate(batch):
             tokens[row, : len(sequence.tokens)] = sequence.tokens
         counts = [len(s.positions) for s in batch]
+
+        def per_token(values: list[float]) -> Tensor:
+            return torch.from_numpy(np.repeat(values, counts)).to(self.device, self._dtype)
+
         rows = torch.from_numpy(np.repeat(np.arange(len(batch)), counts)).to(self.device)
         columns = torch.from_numpy(np.concatenate([s.positions for s in batch])).to(self.device)
         inputs = torch.from_numpy(tokens).to(self.device)
         bfloat16 = self._config.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            base = self.model.get_decoder()
-            hidden = base(input_ids=inputs, use_cache=False).last_hidden_state
-            # The logits at a place predict the token after it.
-            logits = self.model.get_output_embeddings()(hidden[rows, columns - 1])
-        targets = inputs[rows, columns]
-        logits = _sampled_from(logits.to(self._master_dtype()), targets, batch, counts)
-        log_probabilities = logits.log_softmax(-1)
-        logprobs = log_probabilities.gather(1, targets[:, None])[:, 0]
-        entropy = None
-        if self._algorithm_config.entropy_coefficient:
-            entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-        device, dtype = logprobs.device, logprobs.dtype
+            logprobs, entropy = self._logprobs(
+                inputs, rows, columns, batch[0].sampling, self._dtype
+            )
+        if not self._algorithm_config.entropy_coefficient:
+            entropy = entropy.detach()
+        behaviour = torch.from_numpy(np.concatenate([s.logprobs for s in batch]))
         loss, sums = self._algorithm.loss(
             TokenBatch(
                 logprobs=logprobs,
-                behaviour_logprobs=torch.from_numpy(np.concatenate([s.logprobs for s in batch])).to(
-                    device, dtype
-                ),
-                advantages=_per_token([s.advantage for s in batch], counts).to(device, dtype),
-                weights=_per_token([s.weight for s in batch], counts).to(device, dtype),
+                behaviour_logprobs=behaviour.to(self.device, self._dtype),
+                advantages=per_token([s.advantage for s in batch]),
+                weights=per_token([s.weight for s in batch]),
                 entropy=entropy,
             ),
             self._algorithm_config,
         )
         loss.backward()
-        self._sums["loss"] += float(loss.detach())
+        self._sums["loss"] += loss.detach()
         for name, value in sums.items():
-            self._sums[name] += float(value)
+            self._sums[name] += value
 
-    def _master_dtype(self) -> torch.dtype:
-        return next(iter(self._parameters.values())).dtype
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def _reduce_device(self) -> torch.device:
-        assert self._group is not None
-        return self.device if dist.get_backend(self._group) == "nccl" else self._host
+    def _all_reduce(self, tensor: Tensor) -> None:
+        """Sum over the ranks in place; by way of the host where the group cannot reach the device."""
+        if dist.get_backend(self._group) == "nccl" or tensor.device.type == "cpu":
+            dist.all_reduce(tensor, group=self._group)
+            return
+        on_host = tensor.cpu()
+        dist.all_reduce(on_host, group=self._group)
+        tensor.copy_(on_host)
 
-    def _reduce(self, gradients: list[Tensor]) -> None:
-        """Sum the gradients over the ranks, flattened into one tensor."""
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        reduced = flat.to(self._reduce_device())
-        dist.all_reduce(reduced, group=self._group)
-        flat = reduced.to(self.device)
-        offset = 0
-        for gradient in gradients:
-            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-            offset += gradient.numel()
+    # Weights and state.
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters under their Hugging Face names, tied ones once, in the dtype that is published."""
+        for name, parameter in self._parameters.items():
+            yield name, parameter.detach().to(self._publish_dtype or parameter.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters "model.*", moments "exp_avg.*" and "exp_avg_sq.*", the counters "steps" (of the schedule) and
+        "updates" (of the optimizer); host copies."""
+        state = {"steps": torch.tensor(self._steps), "updates": torch.tensor(0)}
+        for name, parameter in self._parameters.items():
+            state[f"model.{name}"] = parameter.detach().to(HOST, copy=True)
+            moments = self._optimizer.state.get(parameter)
+            if moments:
+                state["updates"] = torch.tensor(int(moments["step"]))
+                for moment in MOMENTS:
+                    state[f"{moment}.{name}"] = moments[moment].detach().to(HOST, copy=True)
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `state`. Raises ValueError naming what is missing or has another shape; nothing is changed then."""
+        prefixes = ("model", *MOMENTS) if int(state.get("updates", torch.tensor(0))) else ("model",)
+        wrong = [name for name in ("steps", "updates") if name not in state]
+        wrong += [
+            f"{prefix}.{name}"
+            for name, parameter in self._parameters.items()
+            for prefix in prefixes
+            if (found := state.get(f"{prefix}.{name}")) is None or found.shape != parameter.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"the state does not fit the model: {', '.join(wrong[:3])} missing or of another shape"
+                f"{f', and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; [model] must be that of the run"
+            )
+        self._steps = int(state["steps"])
+        self._optimizer.state.clear()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state[f"model.{name}"])
+                if len(prefixes) == 1:
+                    continue
+                moments = {  # the fused kernel wants its counter beside the parameter
+                    "step": torch.tensor(float(state["updates"]), device=parameter.device)
+                }
+                for moment in MOMENTS:
+                    saved = state[f"{moment}.{name}"]
+                    moments[moment] = saved.to(parameter.device, parameter.dtype, copy=True)
+                self._optimizer.state[parameter] = moments
+
+    # The device.
+
+    def offload(self) -> None:
+        """Weights and moments to the host, between two steps. On CPU they stay: device and host are one."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._sums = {}
+        if self.device.type != "cpu" and self._resident:
+            self._move_to_host()
+        self._resident = False
+
+    def onload(self) -> None:
+        """Weights and moments to the device, as they were."""
+        if self.device.type != "cpu" and not self._resident:
+            for tensor in self._held():
+                tensor.data = tensor.data.to(self.device, non_blocking=True)
+            torch.cuda.synchronize(self.device)
+        self._resident = True
+
+    def memory_bytes(self) -> int:
+        """Device memory held now: weights, gradients and moments (not activations)."""
+        if not self._resident:
+            return 0
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return sum(tensor.nbytes for tensor in (*self._held(), *gradients))
+
+    def _held(self) -> list[Tensor]:
+        """Parameters, buffers and what the optimizer keeps, each once."""
+        moments = [
+            value
+            for kept in self._optimizer.state.values()
+            for value in kept.values()
+            if isinstance(value, Tensor)
+        ]
+        return [*self._parameters.values(), *self.model.buffers(), *moments]
+
+    def _move_to_host(self) -> None:
+        held = self._held()
+        for place, tensor in enumerate(held):
+            # Pinned memory is slow to make and several times faster to copy from, so it is kept for the next time.
+            copy = self._host_copies.get(place)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                self._host_copies[place] = copy
+            copy.copy_(tensor.data, non_blocking=True)
+        torch.cuda.synchronize(self.device)
+        for place, tensor in enumerate(held):
+            tensor.data = self._host_copies[place]
+        torch.cuda.empty_cache()
 
 
-def _layout(segment: Segment) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens of the whole context, places of the trained ones in it, and the sampler's log-probs of those."""
-    tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    logprobs: list[np.ndarray] = []
-    length = 0
-    for turn in segment.turns:
-        action = turn.action
-        start = length + len(action.prompt)
-        kept = np.flatnonzero(action.mask)
-        tokens += [action.prompt, action.tokens]
-        positions.append(start + kept)
-        logprobs.append(action.logprobs[kept])
-        length = start + len(action.tokens)
-    return (
-        np.concatenate(tokens).astype(np.int64),
-        np.concatenate(positions).astype(np.int64),
-        np.concatenate(logprobs).astype(np.float32),
-    )
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours whose elements together are about BUCKET_ELEMENTS: few collectives, little extra memory."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(each.numel() for each in bucket) >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
-def _micro_batches(sequences: list[_Sequence], budget: int) -> Iterator[list[_Sequence]]:
-    """Cut sequences, shortest first, so that a padded micro-batch has at most `budget` tokens."""
-    batch: list[_Sequence] = []
-    for sequence in sorted(sequences, key=lambda s: len(s.tokens)):
-        if batch and len(sequence.tokens) * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch
+def _checkpoint_layers(model: Any) -> None:
+    """Compute activations of the blocks again in the backward pass, with dropout off all the same.
 
-
-def _per_token(values: list[float], counts: list[int]) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(values), torch.tensor(counts))
-
-
-def _sampled_from(
-    logits: Tensor, targets: Tensor, batch: list[_Sequence], counts: list[int]
-) -> Tensor:
-    """Logits [tokens, vocab] of the distribution that was sampled from: temperature, window, top-k.
-
-    The sampled token always stays in the top-k: it was in the sampler's.
+    transformers' blocks do so only while they themselves, not what is in them, are in training mode.
     """
-    # A greedy action (temperature 0) has the log-probs of temperature 1.
-    temperatures = [s.sampling.temperature or 1.0 for s in batch]
-    if any(temperature != 1.0 for temperature in temperatures):
-        logits = logits / _per_token(temperatures, counts).to(logits)[:, None]
-    first = batch[0].sampling
-    if first.vocabulary is not None:
-        low, high = first.vocabulary
-        outside = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        outside[low:high] = False
-        logits = logits.masked_fill(outside, MASKED)
-    if first.top_k:
-        kth = logits.topk(min(first.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        below = (logits < kth).scatter(1, targets[:, None], False)
-        logits = logits.masked_fill(below, MASKED)
-    return logits
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True
