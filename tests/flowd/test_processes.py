@@ -116,12 +116,18 @@ async def stage_in(folder: Path) -> AsyncIterator[Stage]:
 Scenario = Callable[[Stage], Awaitable[None]]
 
 
+def python_path(*folders: Path) -> str:
+    """A PYTHONPATH with these folders in front of what is there: an installation may live on it."""
+    present = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*map(str, folders), *([present] if present else [])])
+
+
 @pytest.fixture(params=["asyncio", "uvloop"])
 def play(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Scenario], None]:
     """Run a scenario with a deadline, on either loop."""
-    monkeypatch.setenv("PYTHONPATH", str(ENTRIES))
+    monkeypatch.setenv("PYTHONPATH", python_path(ENTRIES))
     factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
 
     async def with_stage(scenario: Scenario) -> None:
@@ -568,7 +574,7 @@ def test_forked_actor_computes_on_the_device_it_is_shown(play):
 def test_zygote_that_initialised_cuda_refuses_to_fork(play, tmp_path, monkeypatch):
     """A child could not use any device; the reason names the preload list."""
     (tmp_path / "initialises_cuda.py").write_text("import torch\ntorch.cuda.init()\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ENTRIES), str(tmp_path)]))
+    monkeypatch.setenv("PYTHONPATH", python_path(ENTRIES, tmp_path))
 
     async def scenario(stage: Stage) -> None:
         client = stage.client()
@@ -583,7 +589,7 @@ def test_start_that_fails_leaves_nothing(play, tmp_path, monkeypatch):
     """A fork server that is not ready in time is killed, not left to finish its imports."""
     module = tmp_path / "imports_forever.py"
     module.write_text("import signal\nwhile True:\n    signal.pause()\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path))
 
     async def scenario(stage: Stage) -> None:
         client = stage.client()

@@ -596,6 +596,9 @@ def test_settings_that_cannot_work_are_refused():
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
+GPU_ATOL = 5e-6  # a few float32 roundings: exponentials and sums differ between a GPU and a CPU
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", list(MODELS))
@@ -606,7 +609,7 @@ def test_gpu_gives_what_the_cpu_gives(name: str):
     ended = run_to_end(engine, requests)
     model = build(name)
     for one in requests:
-        assert_same(ended[one.request_id], reference(model, one))
+        assert_same(ended[one.request_id], reference(model, one), atol=GPU_ATOL)
 
 
 @pytest.mark.gpu
@@ -635,7 +638,7 @@ def test_gpu_memory_leaves_with_offload_and_weights_come_back():
     engine.load_weights(4, weights_of(new))
     engine.onload()
     ended = run_to_end(engine, [request(1)])
-    assert_same(ended[1], reference(new, request(1)))
+    assert_same(ended[1], reference(new, request(1)), atol=GPU_ATOL)
     assert set(ended[1].versions) == {4}
 
 
