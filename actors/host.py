@@ -81,6 +81,7 @@ class ActorHost:
                 LeaseReleased(actor=actor, job=job, lease_epoch=epoch, memory_bytes=left)
             ),
             park=park,
+            follows=self.spec.rank > 0,
         )
 
     def stop(self, reason: str, deadline_s: float = 5.0) -> None:

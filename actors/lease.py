@@ -6,6 +6,9 @@
 The section is short (one micro-batch). A revocation that arrives inside takes effect when the section ends; outside,
 at once: the owner's `park` is called, then the release is acknowledged. `lease.idle()` says that there is nothing to
 compute, which makes a shared lease revocable.
+
+Of a replica of several ranks the leader alone decides when to stop: the others (`follows`) keep the device until it
+calls upon them to `let_go`. Otherwise one could park just as the leader begins what takes all of them.
 """
 
 import asyncio
@@ -32,6 +35,7 @@ class Lease:
         send_busy: Callable[[int], None],
         send_released: Callable[[int, int], None],
         park: Callable[[bool], Awaitable[int]],
+        follows: bool = False,
     ) -> None:
         self.devices = devices
         self.memory_limit = memory_limit
@@ -42,6 +46,8 @@ class Lease:
         self._send_busy = send_busy
         self._send_released = send_released
         self._park = park
+        self._follows = follows
+        self._let_go = False
         self._granted = asyncio.Event()
         self._inside = 0
         self._idle = False
@@ -59,8 +65,12 @@ class Lease:
         """Whether somebody waits for the devices; end the current section soon."""
         return self._revocation is not None
 
+    @property
+    def _must_park(self) -> bool:
+        return self._revocation is not None and (self._let_go or not self._follows)
+
     async def __aenter__(self) -> "Lease":
-        while self.devices and (not self._granted.is_set() or self._revocation is not None):
+        while self.devices and (not self._granted.is_set() or self._must_park):
             if self._parking is not None:
                 await asyncio.shield(self._parking)
                 continue
@@ -106,6 +116,7 @@ class Lease:
         self._wanted = False
         self._idle = False
         self._revocation = None
+        self._let_go = False
         self._granted.set()
 
     def revoked(self, epoch: int, offload: bool) -> None:
@@ -115,6 +126,11 @@ class Lease:
         if not self._granted.is_set() and not offload:
             return  # answered before; a lease that is not held is revoked only to have it offloaded
         self._revocation = (epoch, offload)
+        self._park_if_asked()
+
+    def let_go(self) -> None:
+        """The leader parks: so does this rank, now or when flowd's revocation arrives."""
+        self._let_go = True
         self._park_if_asked()
 
     def check(self) -> None:
@@ -135,7 +151,7 @@ class Lease:
             )
 
     def _park_if_asked(self) -> None:
-        if self._revocation is None or self._inside or self._parking is not None:
+        if not self._must_park or self._inside or self._parking is not None:
             return
         self._parking = asyncio.get_running_loop().create_task(self._give_up(), name="lease-park")
         self._parking.add_done_callback(self._parked)
@@ -146,6 +162,7 @@ class Lease:
         left = await self._park(offload)
         self._granted.clear()
         self._revocation = None
+        self._let_go = False
         self._idle = False
         self._send_released(epoch, left)
 

@@ -82,7 +82,7 @@ class CommitAndPause(Message, frozen=True, tag="commit_and_pause"):
 
 
 class RankCommand(Message, frozen=True, tag="rank_command"):
-    """Leader to the other ranks of a trainer: "begin", "accumulate" (payload: groups), "finish"."""
+    """Leader to the other ranks of a trainer: "begin", "accumulate" (payload: groups), "finish", "park"."""
 
     command: str
     run_attempt: int

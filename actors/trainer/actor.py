@@ -57,13 +57,17 @@ class TrainerActor(Actor):
         self.rank_commands: asyncio.Queue[tuple[RankCommand, Any]] = asyncio.Queue()
         self.replies: dict[tuple[str, int], asyncio.Future[None]] = {}
         self.pool: dict[tuple[int, int], Group] = {}
-        self.admitted: dict[int, deque[Admit]] = {}  # by step; later steps fill while this one is trained
+        # By step; later steps fill while this one is trained.
+        self.admitted: dict[int, deque[Admit]] = {}
         self.commit = Manifest(step=0, policy_version=0, run_attempt=0)  # the last one
         self.trained: list[int] = []  # since then
         self.step = 0
         self.run_attempt = -1
         self.paused = False
         self.conductor: Introduce | None = None
+        self.all_ranks = asyncio.Event()  # the leader knows every other rank
+        if self.spec.num_ranks == 1:
+            self.all_ranks.set()
         if self.leader:
             self.groups = self.router.consumer(
                 "groups", capacity=job.groups_per_step * (job.max_staleness + 1)
@@ -102,6 +106,8 @@ class TrainerActor(Actor):
             self._tell(TrainerReady(epoch=self.spec.epoch, step=self.step, run_attempt=attempt))
         elif peer.kind == "env":
             self.groups.add_producer(peer.peer)
+        elif len(self.peers_of("trainer")) == self.spec.num_ranks - 1:
+            self.all_ranks.set()
 
     def on_peer_lost(self, peer: Introduce) -> None:
         """What a dead env actor had delivered stays."""
@@ -125,7 +131,11 @@ class TrainerActor(Actor):
                     waiting.set_result(None)
 
     async def park(self, offload: bool) -> int:
-        """Move what is on the device to the host."""
+        """Move what is on the device to the host; the leader lets the other ranks do so too."""
+        if self.leader and self.spec.num_ranks > 1:
+            await self.all_ranks.wait()
+            for rank in range(1, self.spec.num_ranks):
+                self._tell_rank(rank, "park")
         if self.engine is None:
             return 0
         if offload:
@@ -199,6 +209,7 @@ class TrainerActor(Actor):
         self.paused = False
         self.pool.clear()
         self.admitted.clear()
+        await self.all_ranks.wait()
         async with self.lease:
             await self._ensure_device()
             await self._command_ranks("begin")
@@ -222,15 +233,17 @@ class TrainerActor(Actor):
             batch.append(group)
             # Chunks are cut by tokens alone, never by arrival times: the same order gives the same chunks.
             full = sum(_context_tokens(g) for g in batch) >= budget
+            if admit.last:
+                break
             # Taking turns, the device is taken once the whole batch is there.
-            if admit.last or (full and not self.lease.shared):
+            if full and not self.lease.shared:
                 async with self._on_device():
                     await self._accumulate(batch, begin=not started)
                 started, batch = True, []
-            if admit.last:
-                break
         self.admitted.pop(self.step)
+        # One stay on the device: an offload between the gradients and the update would forget the gradients.
         async with self._on_device():
+            await self._accumulate(batch, begin=not started)
             metrics = await self._finish_step(groups)
             self.step += 1
             finite = all(math.isfinite(metrics.get(k, 0.0)) for k in ("loss", "grad_norm"))
@@ -334,6 +347,9 @@ class TrainerActor(Actor):
         while True:
             with self.time.measure("wait_leader"):
                 command, payload = await self.rank_commands.get()
+            if command.command == "park":
+                self.lease.let_go()
+                continue
             async with self._on_device():
                 assert self.engine is not None
                 match command.command:
