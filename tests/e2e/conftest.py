@@ -1,0 +1,44 @@
+"""flowds for tests of whole jobs; whatever a test does to one, nothing of it may be left."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from flowd_process import HERE, Flowd
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder runs whole jobs."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@contextmanager
+def state_directory() -> Iterator[Flowd]:
+    """A short path: sockets have to fit."""
+    root = Path(tempfile.mkdtemp(prefix="flowd-e2e-"))
+    flowd = Flowd(root)
+    try:
+        yield flowd
+        flowd.close()
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def flowd() -> Iterator[Flowd]:
+    """A flowd with 12 virtual devices that tests share: each has its own jobs, and ends them."""
+    with state_directory() as shared:
+        shared.up()
+        yield shared
+
+
+@pytest.fixture
+def own_flowd() -> Iterator[Flowd]:
+    """A state directory of the test's own; the test starts flowd there."""
+    with state_directory() as own:
+        yield own

@@ -1,0 +1,62 @@
+"""kill -9 of every kind of process while a job runs: it ends with every step, and the ledger proves it."""
+
+import pytest
+from flowd_process import Flowd, kill
+
+STEPS = 60
+AT_STEP = 12  # kill there: well after a commit, with most of the job to come
+
+
+def start_and_kill(flowd: Flowd, name: str, actor: str) -> None:
+    flowd.submit(name, f"job.steps={STEPS}")
+    flowd.wait_step(name, AT_STEP)
+    kill(flowd.pid_of(name, actor))
+    flowd.wait_done(name)
+
+
+def restarts(flowd: Flowd, name: str) -> dict[str, int]:
+    return {a["name"]: a["restarts"] for a in flowd.actors(name) if a["restarts"]}
+
+
+@pytest.mark.parametrize("actor", ["rollout-1", "env-0"])
+def test_killed_worker_is_replaced_and_its_work_played_again(flowd: Flowd, actor: str) -> None:
+    """Rollout and env actors hold nothing that counts: no step is taken back, one actor restarts."""
+    name = f"killed-{actor}"
+    start_and_kill(flowd, name, actor)
+    flowd.check_done(name, steps=STEPS)
+    assert [line["attempt"] for line in flowd.metrics(name)] == [0] * STEPS
+    assert restarts(flowd, name) == {actor: 1}
+
+
+@pytest.mark.parametrize("actor", ["trainer-0", "conductor"])
+def test_killed_trainer_or_conductor_takes_the_job_to_its_last_commit(
+    flowd: Flowd, actor: str
+) -> None:
+    """The steps since the commit are taken again in attempt 1; every group is trained once all the same."""
+    name = f"killed-{actor}"
+    start_and_kill(flowd, name, actor)
+    lines = flowd.check_done(name, steps=STEPS)
+    attempts = [line["attempt"] for line in lines]
+    assert attempts == sorted(attempts)
+    assert set(attempts) == {0, 1}
+    again = attempts.index(1)
+    assert again % 5 == 0, "it goes on from a commit, which comes every 5 steps"
+    assert again <= max(line["step"] for line in flowd.metrics(name) if line["attempt"] == 0) + 1
+    assert restarts(flowd, name)[actor] == 1
+
+
+def test_killed_zygote_takes_all_actors_and_the_job_goes_on(flowd: Flowd) -> None:
+    """Actors die with the zygote; flowd starts another one, and every actor again."""
+    name = "killed-zygote"
+    flowd.submit(name, f"job.steps={STEPS}")
+    flowd.wait_step(name, AT_STEP)
+    before = {actor["name"]: actor["pid"] for actor in flowd.actors(name)}
+    (zygote,) = [
+        pid
+        for pid, text in flowd.processes().items()
+        if "flowd.zygote" in text and pid not in before.values()
+    ]
+    kill(zygote)
+    flowd.wait_done(name)
+    flowd.check_done(name, steps=STEPS)
+    assert restarts(flowd, name) == dict.fromkeys(before, 1)

@@ -1,0 +1,81 @@
+"""Jobs from submit to the end, in both modes, at every staleness; and requests that are refused."""
+
+from typing import Any
+
+import pytest
+from flowd_process import Flowd, lines_of
+
+STEPS = 30
+DOCUMENTED = {
+    "step",
+    "policy_version",
+    "attempt",
+    "time",
+    "reward_mean",
+    "reward_std",
+    "staleness_max",
+    "staleness_mean",
+    "groups",
+    "group_ids",
+    "samples",
+    "tokens",
+    "tokens_per_s",
+    "seconds",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "entropy",
+    "kl_sampler",
+    "seconds_train",
+    "seconds_step",
+}
+STAGE_TIMES = {"rollout_work_s", "env_work_s"}  # told by actors as they go, so not at once
+
+
+def check_metrics(lines: list[dict[str, Any]], bound: int) -> None:
+    """Every step says what the documentation promises, and nothing lags more than the job allows."""
+    for line in lines:
+        assert line.keys() >= DOCUMENTED, DOCUMENTED - line.keys()
+        assert line["policy_version"] == line["step"] + 1
+        assert line["groups"] == 8
+        assert line["samples"] == 32
+        assert line["attempt"] == 0
+    assert lines[-1].keys() >= STAGE_TIMES
+    reached = max(line["staleness_max"] for line in lines)
+    assert reached == bound, f"staleness reached {reached} under a bound of {bound}"
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2])
+def test_disaggregated_job_trains_every_group_once_within_its_staleness(
+    flowd: Flowd, bound: int
+) -> None:
+    """Groups lag at most max_staleness versions, and do lag that much: generation does not wait."""
+    name = f"disaggregated-{bound}"
+    flowd.submit(name, f"job.max_staleness={bound}")
+    flowd.wait_done(name)
+    lines = flowd.check_done(name, steps=STEPS)
+    assert len(flowd.metrics(name)) == STEPS
+    check_metrics(lines, bound)
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_collocated_stages_never_hold_a_device_at_the_same_time(flowd: Flowd, bound: int) -> None:
+    """Rollout and trainer take turns: their spans on the device they share do not overlap."""
+    name = f"collocated-{bound}"
+    flowd.submit(
+        name,
+        "job.mode=collocated",
+        f"job.max_staleness={bound}",
+        "rollout.devices=2",
+        "job.steps=20",
+    )
+    flowd.wait_done(name)
+    check_metrics(flowd.check_done(name, steps=20), bound)
+    trainer = next(a for a in flowd.actors(name) if a["kind"] == "trainer")
+    (shared,) = trainer["devices"]
+    spans = [s for s in lines_of(flowd.run(name).spans) if s.get("device") == shared]
+    holders = {span["name"].partition("-")[0] for span in spans}
+    assert holders == {"rollout", "trainer"}
+    spans.sort(key=lambda span: float(span["start"]))
+    for earlier, later in zip(spans, spans[1:], strict=False):
+        assert earlier["start"] + earlier["seconds"] <= later["start"] + 2e-6, (earlier, later)
