@@ -24,7 +24,7 @@ class Guards:
                     "look at the step's samples, then resume from the last commit"
                 )
         kl = metrics.get("kl_sampler", 0.0)
-        if self._config.max_kl is not None and kl > self._config.max_kl:
+        if self._config.max_kl is not None and not kl <= self._config.max_kl:  # NaN is above too
             return (
                 f"sampler-trainer KL {kl:.4g} is above guards.max_kl = {self._config.max_kl}: sampled and "
                 "trained policies disagree; lower max_staleness or the learning rate, or check dtype"
