@@ -40,15 +40,14 @@ def find(task: str) -> Any:
 def make(task: str, *, num_slots: int, args: Mapping[str, Any]) -> Environment:
     """Open an environment. args: the task's keyword arguments; a wrong one is a SimError naming the right ones."""
     make_environment = find(task)
-    keywords = inspect.signature(make_environment).parameters
+    keywords = dict(inspect.signature(make_environment).parameters)
+    keywords.pop("num_slots", None)  # the env actor chooses it
     open_ended = any(p.kind is p.VAR_KEYWORD for p in keywords.values())
     for name in args:
-        if name not in keywords and not open_ended:
-            known = [k for k in keywords if k != "num_slots"]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f'did you mean "{near[0]}"?' if near else f"it takes {', '.join(known) or 'none'}"
-            )
+        if name == "num_slots" or (name not in keywords and not open_ended):
+            near = difflib.get_close_matches(name, keywords, n=1)
+            known = f"it takes {', '.join(keywords) or 'none'}"
+            hint = f'did you mean "{near[0]}"?' if near else known
             raise SimError(f'task "{task}" takes no argument "{name}": {hint}')
     environment: Environment = make_environment(num_slots=num_slots, **args)
     return environment

@@ -11,11 +11,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils import logging
 
 from actors.models.config import ModelConfig
 from actors.models.tokenizer import build_characters_tokenizer
 
 TOKENIZERS = {"characters": build_characters_tokenizer}
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 MAX_POSITIONS = 32768  # rotary embeddings need no table, so a long limit costs nothing
 
 
@@ -90,12 +92,18 @@ def _load_folder(
             f'[model] path = "{folder}" has no config.json: give the folder that holds the '
             "model's config, weights and tokenizer"
         )
+    logging.disable_progress_bar()  # an actor's log has lines, not bars
+    # For some models transformers makes an empty tokenizer where the folder has none.
+    if not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        raise ValueError(
+            f'[model] path = "{folder}" has no tokenizer: put the model\'s tokenizer.json and '
+            "tokenizer_config.json into it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f'[model] path = "{folder}" has no tokenizer that transformers can load: '
-            f"put tokenizer.json and tokenizer_config.json into it ({error})"
+            f'[model] path = "{folder}" has no tokenizer that transformers can load: {error}'
         ) from error
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
