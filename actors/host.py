@@ -60,6 +60,8 @@ class ActorHost:
         self._early: list[tuple[str, Message, Any]] = []
         self._unmet: dict[str, list[tuple[Message, Any]]] = {}
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+        # Parking runs beside the actor's life; that it raised ends the actor all the same.
+        self._broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._incarnation = ""
         self._heartbeat_s = 1.0
         self._heard = time.monotonic()
@@ -81,6 +83,7 @@ class ActorHost:
                 LeaseReleased(actor=actor, job=job, lease_epoch=epoch, memory_bytes=left)
             ),
             park=park,
+            failed=self._broken.set_result,
             follows=self.spec.rank > 0,
         )
 
@@ -95,15 +98,20 @@ class ActorHost:
         self._hello()
         beats = None if self.inline else asyncio.create_task(self._beat(), name="heartbeat")
         life = asyncio.create_task(self._live(), name=self.spec.actor)
-        waiting: set[asyncio.Future[Any]] = {life, self._stop}
+        waiting: set[asyncio.Future[Any]] = {life, self._stop, self._broken}
         if beats is not None:
             waiting.add(beats)
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if life.done():
-                return self._result_of(life)
+                error = life.exception()
+                return EXIT_DONE if error is None else self._raised(error)
+            if self._broken.done():
+                return self._raised(self._broken.result())
             if self._stop.done():
                 return await self._leave(life, self._stop.result())
+            if beats is not None and (error := beats.exception()) is not None:
+                return self._raised(error)
             log.error("orphaned: no flowd for %s s; leaving", self.spec.orphan_grace_s)
             await self._leave(life, Stop(reason="orphaned", deadline_s=3.0))
             return EXIT_ORPHANED
@@ -130,10 +138,8 @@ class ActorHost:
         await self.actor.run()
         await self.actor.leave()
 
-    def _result_of(self, life: "asyncio.Task[None]") -> int:
-        error = life.exception()
-        if error is None:
-            return EXIT_DONE
+    def _raised(self, error: BaseException) -> int:
+        """Tell flowd what ended the actor."""
         # Of a group of equal failures (groups played side by side) users want the first, as it was raised.
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
@@ -156,12 +162,14 @@ class ActorHost:
         log.info("leaving actor=%s reason=%s", self.spec.actor, stop.reason)
         life.cancel()
         await asyncio.gather(life, return_exceptions=True)
-        if self.actor is not None:
+        if self.actor is not None and self.ready:  # else it has nothing yet to hand back
             try:
                 async with asyncio.timeout(stop.deadline_s):
                     await self.actor.leave()
             except TimeoutError:
                 log.warning("actor=%s did not hand back in %s s", self.spec.actor, stop.deadline_s)
+            except Exception as error:
+                return self._raised(error)
         return EXIT_DONE
 
     async def _beat(self) -> None:
@@ -208,6 +216,7 @@ class ActorHost:
                 if message.incarnation != self._incarnation:
                     if self._incarnation:
                         self._hello()
+                        self.lease.say_again()
                     self._incarnation = message.incarnation
             case Stop():
                 self.stop(message.reason, message.deadline_s)

@@ -22,7 +22,8 @@ class Lease:
     """The lease of one actor on its replica's devices.
 
     send_wanted, send_idle, send_busy, send_released: tell flowd; park(offload) frees the device.
-    An actor without devices (env, conductor) never waits: see `Lease.unbound`.
+    failed(error): park raised, so the device was not given up; entering raises the same error from then on.
+    An actor without devices (env, conductor) never waits.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Lease:
         send_busy: Callable[[int], None],
         send_released: Callable[[int, int], None],
         park: Callable[[bool], Awaitable[int]],
+        failed: Callable[[BaseException], None],
         follows: bool = False,
     ) -> None:
         self.devices = devices
@@ -46,6 +48,7 @@ class Lease:
         self._send_busy = send_busy
         self._send_released = send_released
         self._park = park
+        self._failed = failed
         self._follows = follows
         self._let_go = False
         self._granted = asyncio.Event()
@@ -54,6 +57,9 @@ class Lease:
         self._wanted = False
         self._revocation: tuple[int, bool] | None = None  # (epoch, offload)
         self._parking: asyncio.Task[None] | None = None
+        self._gave_up = asyncio.Event()  # the revocation was answered, or could not be
+        self._released: tuple[int, int] | None = None  # the last answer: epoch, bytes left
+        self._failure: BaseException | None = None
 
     @property
     def held(self) -> bool:
@@ -71,8 +77,10 @@ class Lease:
 
     async def __aenter__(self) -> "Lease":
         while self.devices and (not self._granted.is_set() or self._must_park):
-            if self._parking is not None:
-                await asyncio.shield(self._parking)
+            if self._failure is not None:
+                raise self._failure
+            if self._must_park:
+                await self._gave_up.wait()  # another section of this actor may have to end first
                 continue
             if not self._wanted:
                 self._wanted = True
@@ -105,6 +113,12 @@ class Lease:
         """flowd granted the lease under a new epoch."""
         if epoch < self.epoch:
             return
+        if self._released is not None and epoch == self._released[0]:
+            # It crossed our answer, or flowd was restarted and never heard it.
+            self._send_released(*self._released)
+            if self._wanted:
+                self._send_wanted()
+            return
         if epoch == self.epoch and self._granted.is_set():
             # Said again: flowd was restarted, or another replica came to share the devices.
             if shared and not self.shared and self._idle:
@@ -117,6 +131,7 @@ class Lease:
         self._idle = False
         self._revocation = None
         self._let_go = False
+        self._gave_up.set()
         self._granted.set()
 
     def revoked(self, epoch: int, offload: bool) -> None:
@@ -126,7 +141,15 @@ class Lease:
         if not self._granted.is_set() and not offload:
             return  # answered before; a lease that is not held is revoked only to have it offloaded
         self._revocation = (epoch, offload)
+        self._gave_up.clear()
         self._park_if_asked()
+
+    def say_again(self) -> None:
+        """Tell a new flowd the wishes that the old one may not have heard."""
+        if self._wanted:
+            self._send_wanted()
+        elif self._idle and self.shared:
+            self._send_idle(self.epoch)
 
     def let_go(self) -> None:
         """The leader parks: so does this rank, now or when flowd's revocation arrives."""
@@ -151,7 +174,7 @@ class Lease:
             )
 
     def _park_if_asked(self) -> None:
-        if not self._must_park or self._inside or self._parking is not None:
+        if not self._must_park or self._inside or self._parking is not None or self._failure:
             return
         self._parking = asyncio.get_running_loop().create_task(self._give_up(), name="lease-park")
         self._parking.add_done_callback(self._parked)
@@ -164,12 +187,14 @@ class Lease:
         self._revocation = None
         self._let_go = False
         self._idle = False
+        self._released = (epoch, left)
+        self._gave_up.set()
         self._send_released(epoch, left)
 
     def _parked(self, task: "asyncio.Task[None]") -> None:
         self._parking = None
-        if not task.cancelled() and task.exception() is not None:
-            # The device was not given up: flowd's deadline passes and the process is replaced.
-            task.get_loop().call_exception_handler(
-                {"message": "giving up the lease failed", "exception": task.exception()}
-            )
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._failure = error
+            self._gave_up.set()
+            self._failed(error)

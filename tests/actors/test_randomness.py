@@ -11,7 +11,7 @@ INTEGERS = st.integers(min_value=0, max_value=MASK64)
 
 
 def test_mix_is_the_splitmix64_finalizer() -> None:
-    """The reference sequence of SplitMix64 from state 1234567 (Vigna, splitmix64.c), whose output is mix of a counter."""
+    """The reference sequence from state 1234567 (Vigna, splitmix64.c), whose output is mix of a counter."""
     state = 1234567
     outputs = []
     for _ in range(3):
