@@ -2,15 +2,14 @@
 
     python -m bench.gpu --json
 
-On one GPU: collocated, and disaggregated on two slots of it. On two or more: disaggregated on whole GPUs, collocated on
-both while `flowctl scale` gives the trainer the second one, and a move of a slot from rollout to trainer. A model of 0.36 B
-parameters shows sizes that matter. Every job runs through a real flowd.
+On one GPU: collocated, and disaggregated on two slots of it. On two or more: disaggregated on whole GPUs, collocated
+on both while `flowctl scale` gives the trainer the second one, and a move of a slot from rollout to trainer. A model of
+0.36 B parameters shows sizes that matter. Every job runs through a real flowd.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 import transformers
 
-CONFIG = "configs/arithmetic_grpo.toml"
+from bench.local import CONFIG, Flowd
+
 SKIP_STEPS = 10  # first kernels, allocator, caches
 LARGE = {
     "model.hidden_size": 896,
@@ -40,54 +40,8 @@ LARGE = {
 }
 
 
-class Flowd:
-    """A flowd of its own, stopped at the end."""
-
-    def __init__(self, root: Path, devices: str) -> None:
-        self.root = root
-        self.devices = devices
-
-    def __enter__(self) -> "Flowd":
-        self.call("flowd", "up", "--detach", "--devices", self.devices)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.call("flowd", "down")
-
-    def call(self, program: str, *words: str, check: bool = True) -> str:
-        """Run one of our programs, return its stdout."""
-        module = {"flowd": "flowd", "flowctl": "flowd.flowctl"}[program]
-        command = [sys.executable, "-m", module, *words, "--state-dir", str(self.root)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)} gave {done.returncode}: {done.stderr[-3000:]}")
-        return done.stdout
-
-    def submit(self, name: str, changes: dict[str, Any]) -> None:
-        """Start a job."""
-        words = [w for k, v in {"job.name": name, **changes}.items() for w in ("--set", f"{k}={v}")]
-        self.call("flowctl", "submit", CONFIG, *words)
-
-    def wait(self, name: str) -> None:
-        """Follow a job to its end."""
-        self.call("flowctl", "status", name, "--follow")
-
-    def wait_step(self, name: str, step: int, deadline_s: float = 240.0) -> None:
-        """Until the job has trained a step: from its status stream."""
-        until = time.monotonic() + deadline_s
-        while len(self.metrics(name)) < step:
-            if time.monotonic() > until:
-                raise RuntimeError(
-                    f"{name} did not reach step {step}: {self.call('flowctl', 'status', name)}"
-                )
-            time.sleep(0.1)
-
-    def metrics(self, name: str) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        path = self.root / "runs" / name / "metrics.jsonl"
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines()]
+class Runs(Flowd):
+    """A flowd, and what its jobs gave."""
 
     def summary(self, name: str, began: float) -> dict[str, Any]:
         """Reward and rates of a job that ended."""
@@ -114,41 +68,40 @@ class Flowd:
         self.wait(name)
         return self.summary(name, began)
 
-    def run_scaled(self, name: str, changes: dict[str, Any], *scales: list[str]) -> dict[str, Any]:
-        """A job during which devices move."""
+    def run_scaled(
+        self, name: str, changes: dict[str, Any], *scales: list[str], steps_between: int = 20
+    ) -> dict[str, Any]:
+        """A job during which devices move; cancelled some steps after the last move."""
         began = time.time()
         self.submit(name, changes)
-        self.wait_step(name, SKIP_STEPS)
+        self.wait_step(name, min(SKIP_STEPS, steps_between))
         moves = []
         for words in scales:
             before = len(self.metrics(name))
             answer = self.call("flowctl", "scale", *words, "--job", name, "--wait", "--json")
             moves.append({"scale": " ".join(words), **json.loads(answer)})
-            self.wait_step(name, before + 5)
-        self.wait(name)
+            self.wait_step(name, before + steps_between)
+        self.call("flowctl", "cancel", name)
         return {**self.summary(name, began), "moves": moves}
 
 
-def one_gpu(root: Path) -> dict[str, Any]:
+def one_gpu(root: Path, results: dict[str, Any]) -> None:
     """What a single GPU can show."""
-    results = {}
-    with Flowd(root / "one", "0") as flowd:
+    with Runs(root / "one", "0") as flowd:
         # Collocated, one rollout replica and the trainer take turns on the GPU.
         turns = {"job.mode": "collocated", "rollout.devices": 1, "job.max_staleness": 0}
         results["collocated"] = flowd.run("collocated", turns)
         results["collocated_large"] = flowd.run("collocated-large", {**turns, **LARGE})
-    with Flowd(root / "slots", "0,0") as flowd:
+    with Runs(root / "slots", "0,0") as flowd:
         apart = {"rollout.devices": 1}
         results["disaggregated_slots"] = flowd.run("slots", apart)
         results["disaggregated_slots_large"] = flowd.run("slots-large", {**apart, **LARGE})
-    return results
 
 
-def two_gpus(root: Path) -> dict[str, Any]:
+def two_gpus(root: Path, results: dict[str, Any]) -> None:
     """What needs a second one."""
-    results = {}
-    long = {"job.steps": 400, "job.stop_reward": 2.0}
-    with Flowd(root / "two", "auto") as flowd:
+    long = {"job.steps": 5000, "job.stop_reward": 2.0}  # cancelled after the moves
+    with Runs(root / "two", "auto") as flowd:
         results["disaggregated"] = flowd.run("disaggregated", {"rollout.devices": 1})
         large = {"rollout.devices": 1, **LARGE}
         results["disaggregated_large"] = flowd.run("disaggregated-large", large)
@@ -157,7 +110,7 @@ def two_gpus(root: Path) -> dict[str, Any]:
         results["collocated_scaled"] = flowd.run_scaled(
             "collocated-scaled", {**turns, **long}, ["trainer=+1"], ["trainer=-1"]
         )
-    with Flowd(root / "halves", "0,0,1,1") as flowd:
+    with Runs(root / "halves", "0,0,1,1") as flowd:
         results["moved"] = flowd.run_scaled(
             "moved",
             {"rollout.devices": 3, **long},
@@ -166,11 +119,11 @@ def two_gpus(root: Path) -> dict[str, Any]:
         )
         results["moved_large"] = flowd.run_scaled(
             "moved-large",
-            {"rollout.devices": 3, **LARGE, "job.steps": 40},
+            {"rollout.devices": 3, **LARGE, "job.steps": 500},
             ["trainer=+1", "--from", "rollout"],
             ["rollout=+1", "--from", "trainer"],
+            steps_between=3,
         )
-    return results
 
 
 def main() -> int:
@@ -192,9 +145,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="flowd-gpu-") as root:
         try:
             if args.part != "two":
-                results["one_gpu"] = one_gpu(Path(root))
+                one_gpu(Path(root), results.setdefault("one_gpu", {}))
             if count > 1 and args.part != "one":
-                results["two_gpus"] = two_gpus(Path(root))
+                two_gpus(Path(root), results.setdefault("two_gpus", {}))
         except RuntimeError as error:
             results["error"] = str(error)
             for log in sorted(Path(root).rglob("*.log")):
