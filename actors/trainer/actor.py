@@ -213,6 +213,7 @@ class TrainerActor(Actor):
         async with self.lease:
             await self._ensure_device()
             await self._command_ranks("begin")
+            await self.compute("publish", self._publish_older)
             await self._publish()
         self.lease.idle()
 
@@ -360,6 +361,7 @@ class TrainerActor(Actor):
                         await self.compute("accumulate", self._accumulate_now, groups, begin)
                     case "finish":
                         await self.compute("update", self.engine.finish_step)
+                        self.delivered()
             leader = next((p for p in self.peers_of("trainer") if p.rank == 0), leader)
             if leader is not None:
                 reply = RankReply(rank=self.spec.rank, command=command.command, step=command.step)
@@ -404,9 +406,21 @@ class TrainerActor(Actor):
 
     def _save(self, manifest: Manifest) -> None:
         assert self.engine is not None
+        # What the next groups of a deterministic job will be sampled with, wherever it goes on.
+        lag = self.config.job.max_staleness if self.config.job.deterministic else 0
+        older = range(max(0, manifest.step - lag), manifest.step)
         checkpoint.save(
-            self.run_dir, self.engine.state(), manifest, keep=self.config.checkpoint.keep
+            self.run_dir,
+            self.engine.state(),
+            manifest,
+            keep=self.config.checkpoint.keep,
+            policies={v: self.weights.load(self.run_attempt, v) for v in older},
         )
+
+    def _publish_older(self) -> None:
+        """Put the commit's older policies where rollout actors look for them."""
+        for version, tensors in checkpoint.load_policies(self.run_dir, self.step).items():
+            self.weights.publish(self.run_attempt, version, tensors.items())
 
     def _write_samples(self, groups: Sequence[Group]) -> None:
         count = self.config.metrics.samples_per_step

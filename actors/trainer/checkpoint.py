@@ -2,9 +2,12 @@
 
 The state is written and synced first, under a name that does not count; the manifest, made visible by one rename, is
 the commit (see `manifest`). Blocking: call it in the worker thread.
+
+A deterministic job samples with exact versions, also older ones than the commit's: the commit keeps those too.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,20 +28,29 @@ if TYPE_CHECKING:
     import torch
 
 STATE_FILE = "state.safetensors"
+_POLICY = re.compile(r"policy-(\d+)\.safetensors")
+Tensors = Mapping[str, "torch.Tensor"]
 
 
 def save(
-    run_dir: Path, state: "Mapping[str, torch.Tensor]", manifest: Manifest, *, keep: int
+    run_dir: Path,
+    state: Tensors,
+    manifest: Manifest,
+    *,
+    keep: int,
+    policies: Mapping[int, Tensors] | None = None,
 ) -> None:
-    """Commit a step; afterwards only the newest `keep` checkpoints stay."""
+    """Commit a step; afterwards only the newest `keep` checkpoints stay.
+
+    policies: published weights by version, for `load_policies`
+    """
     directory = checkpoint_dir(run_dir, manifest.step)
     if directory.exists():
         shutil.rmtree(directory)  # of a run attempt that was rolled back before it committed here
     directory.mkdir(parents=True)
-    path = directory / STATE_FILE
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    _write(directory / STATE_FILE, state)
+    for version, tensors in (policies or {}).items():
+        _write(directory / f"policy-{version}.safetensors", tensors)
     write_manifest(run_dir, manifest)
     for old in sorted((run_dir / "checkpoints").glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -57,3 +69,18 @@ def load(run_dir: Path, engine: TrainingEngine) -> Manifest:
             f"{path} cannot be loaded: {error}; remove its directory to go on from the commit before"
         ) from error
     return manifest
+
+
+def load_policies(run_dir: Path, step: int) -> dict[int, "dict[str, torch.Tensor]"]:
+    """The policies that were saved with the commit of a step, by version."""
+    found = {}
+    for path in checkpoint_dir(run_dir, step).glob("policy-*.safetensors"):
+        if match := _POLICY.fullmatch(path.name):
+            found[int(match[1])] = load_file(path)
+    return dict(sorted(found.items()))
+
+
+def _write(path: Path, tensors: Tensors) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

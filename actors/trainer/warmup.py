@@ -24,6 +24,7 @@ from actors.backends.contract import Policy
 from actors.job_config import JobConfig
 from actors.randomness import fold
 from actors.trainer.config import WarmupConfig
+from sim.contract import ChatMessage, TextObservation
 
 SEED_OF_EXAMPLE = 3  # purpose of the key that makes an example's seed: never a seed of training
 REPORT_EVERY_STEPS = 20
@@ -31,8 +32,8 @@ LR_RISE_STEPS = 20
 BETAS = (0.9, 0.99)  # the long second moment: 0.95 took twice as long on sums of 3 digits
 MAX_GRAD_NORM = 1.0
 WINDOW = 10  # updates
-NO_HISTORY = np.zeros(0, dtype=np.int32)
-Example = tuple[list[int], list[int]]  # tokens of the prompt, and of the answer with its end
+# Tokens of a prompt, of the answer with its end, and so on in turn.
+Example = tuple[list[int], ...]
 
 
 def warm_up(
@@ -46,17 +47,20 @@ def warm_up(
 ) -> None:
     """Train `model` in place, or load what an equal phase gave before.
 
-    Prompts are encoded by `policy`, as those of rollouts are; answers end with the tokenizer's end-of-sequence token.
+    Prompts are encoded by `policy` turn by turn, as those of rollouts are; answers end with the tokenizer's
+    end-of-sequence token. Of a conversation every assistant turn is an answer.
 
-    task: an environment with `examples(seeds) -> list[(observation, answer text)]`
+    task: an environment with `examples(seeds) -> list[(observation, answer text)]`, or for several turns
+        `conversations(seeds) -> list[list[ChatMessage]]`, each of which ends with an assistant's message
     progress: called with step, steps and cached; unless cached also with loss and expected_reward
 
     Raises ValueError when the task has no examples, or the tokenizer no token that ends a sequence.
     """
-    if not hasattr(task, "examples"):
+    several_turns = hasattr(task, "conversations")
+    if not several_turns and not hasattr(task, "examples"):
         raise ValueError(
             f'[warmup] steps = {config.warmup.steps}, but task "{config.env.task}" has no worked examples: '
-            "set warmup.steps = 0, or give the task a method examples(seeds)"
+            "set warmup.steps = 0, or give the task a method examples(seeds) or conversations(seeds)"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -75,13 +79,11 @@ def warm_up(
 
     def examples(first: int, count: int) -> list[Example]:
         seeds = [fold(config.job.seed, SEED_OF_EXAMPLE, first + i) >> 1 for i in range(count)]
-        return [
-            (
-                policy.encode(NO_HISTORY, observation).tolist(),
-                [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id],
-            )
-            for observation, answer in task.examples(seeds)
-        ]
+        if several_turns:
+            played = [_turns(messages) for messages in task.conversations(seeds)]
+        else:
+            played = [[turn] for turn in task.examples(seeds)]
+        return [_encode(policy, tokenizer, turns) for turns in played]
 
     _train(model, examples, config.warmup, progress)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,35 @@ def _source(module: Any) -> str:
         return ""  # made in memory, or shipped without source
 
 
+def _turns(conversation: Sequence[ChatMessage]) -> list[tuple[TextObservation, str]]:
+    """What was said to the assistant since its last turn, and its answer, turn by turn."""
+    turns = []
+    new: list[ChatMessage] = []
+    for message in conversation:
+        if message.role == "assistant":
+            turns.append((TextObservation(messages=tuple(new)), message.content))
+            new = []
+        else:
+            new.append(message)
+    if new or not turns:
+        raise ValueError(
+            "a worked conversation must end with an assistant's message; its roles are "
+            f"{', '.join(message.role for message in conversation) or 'none'}"
+        )
+    return turns
+
+
+def _encode(policy: Policy, tokenizer: Any, turns: Sequence[tuple[Any, str]]) -> Example:
+    """The tokens that rollouts would have, had the policy given these answers."""
+    parts: list[list[int]] = []
+    for observation, text in turns:
+        history = np.array([token for part in parts for token in part], dtype=np.int32)
+        parts.append(policy.encode(history, observation).tolist())
+        answer = tokenizer.encode(text, add_special_tokens=False)
+        parts.append([*answer, tokenizer.eos_token_id])
+    return tuple(parts)
+
+
 def _train(
     model: Any,
     examples: Callable[[int, int], list[Example]],
@@ -135,7 +166,7 @@ def _train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # What sampling at temperature 1 would score: the probability of each whole answer.
+        # What sampling at temperature 1 would score: the probability of each whole answer; of several turns, of all.
         answers = torch.zeros(len(batch), device=rows.device).index_add_(0, rows, logprobs.detach())
         recent.append(float(answers.exp().mean()))
         expected_reward = sum(recent) / len(recent)
@@ -156,13 +187,15 @@ def _train(
 def answer_logprobs(model: Any, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Log-probs of the answers' tokens, float32 [tokens] with gradient, and whose each is, int64 [tokens]."""
     device = next(model.parameters()).device
-    longest = max(len(prompt) + len(answer) for prompt, answer in examples)
+    longest = max(sum(map(len, parts)) for parts in examples)
     tokens = torch.zeros(len(examples), longest, dtype=torch.long)
     trained = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(examples):
-        length = len(prompt) + len(answer)
-        tokens[row, :length] = torch.tensor(prompt + answer)
-        trained[row, len(prompt) : length] = True
+    for row, parts in enumerate(examples):
+        start = 0
+        for place, part in enumerate(parts):
+            tokens[row, start : start + len(part)] = torch.tensor(part)
+            trained[row, start : start + len(part)] = place % 2 == 1
+            start += len(part)
     tokens, trained = tokens.to(device), trained.to(device)
     # Padding is on the right, where causal attention never looks: no mask is needed.
     hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
