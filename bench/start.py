@@ -1,35 +1,46 @@
-"""How long until an actor answers: forked from the zygote, and as a cold Python process.
+"""How long until things run: an actor, flowd itself, and two more rollout actors of a running job.
 
     python -m bench.start --json
 
-Both run the same entry with the same imports (torch and transformers' Qwen2). The clock runs from the
-order to start until the actor's reply to our answer to its first message is here, over ZeroMQ ipc.
+actor_ready_ms_*: an actor forked from the zygote; cold_actor_ready_ms_p50: the same as a cold Python process.
+    Both run the same entry with the same imports (torch and transformers' Qwen2). The clock runs from the order to
+    start until the actor's reply to our answer to its first message is here, over ZeroMQ ipc.
+flowd_up_ms: `flowd up --detach` until `flowctl nodes` has answered, both as processes. flowd_first_actors_ms: from
+    the same beginning until a job submitted at once has its actors started, so with the zygote's imports.
+scale_total_s: what `flowctl scale rollout=+2 --wait` says of the demo's job on eight virtual devices.
 """
 
 import argparse
 import asyncio
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import zmq
 
+from bench.local import Flowd, MachineLoad, surroundings
 from flowd.processes import DEFAULT_PRELOAD, ZygoteClient
 
 ANSWER_DEADLINE_MS = 120_000
 COLD_OVER_FORKED_BAR = 20.0
 ACTOR_READY_BAR_MS = 50.0
-PACKAGES = ("flowd", "torch", "transformers", "pyzmq", "uvloop", "numpy")
+SCALE_BAR_S = 2.0
+SCALE_AFTER_STEPS = 5
+FIRST_JOB = {"warmup.steps": 0}
+SCALED_JOB = {
+    "job.steps": 100_000,  # it is cancelled
+    "job.stop_reward": 2.0,
+    "warmup.steps": 0,
+    "guards.constant_reward_steps": 0,
+}
 
 Result = dict[str, Any]
 
@@ -160,54 +171,107 @@ async def actor_ready(folder: Path, options: argparse.Namespace) -> Result:
     return result | {"cold_over_forked": ratio, "actor_ready_bar_reached": reached}
 
 
-MEASUREMENTS: list[Callable[[Path, argparse.Namespace], Awaitable[Result]]] = [actor_ready]
-"""Each gets a folder of its own and the options; their results are merged."""
+async def flowd_up(folder: Path, options: argparse.Namespace) -> Result:
+    """From nothing to a daemon that answers, and to a job whose actors are there."""
 
+    def once(number: int) -> tuple[float, float]:
+        flowd = Flowd(folder / str(number), "cpu:4")
+        began = time.perf_counter()
+        with flowd:
+            flowd.call("flowctl", "nodes")
+            answered = time.perf_counter()
+            flowd.submit("first", FIRST_JOB)
+            return (answered - began) * 1e3, (time.perf_counter() - began) * 1e3
 
-def surroundings() -> Result:
-    """Hardware and versions that the numbers hold for."""
-    model = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
+    await asyncio.to_thread(once, 0)  # the page cache
+    times = [await asyncio.to_thread(once, number) for number in range(1, options.ups + 1)]
+    answered, started = zip(*times, strict=True)
     return {
-        "hardware": {
-            "cpu": model.partition(":")[2].strip() or platform.machine(),
-            "cores": os.cpu_count(),
-            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-            "kernel": platform.release(),
-            "load_1min": os.getloadavg()[0],
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "flowd_up_ms": statistics.median(answered),
+        "flowd_up_ms_max": max(answered),
+        "flowd_first_actors_ms": statistics.median(started),
+        "flowd_up_samples": options.ups,
     }
 
 
+async def scale(folder: Path, options: argparse.Namespace) -> Result:
+    """Two rollout actors more, and away again, while the job trains."""
+
+    def moves() -> list[tuple[Result, Result]]:
+        with Flowd(folder, "cpu:8") as flowd:
+            flowd.submit("scaled", SCALED_JOB)
+            flowd.wait_step("scaled", SCALE_AFTER_STEPS)
+            answers = []
+            for _ in range(options.scales):
+                pair = []
+                for change in ("rollout=+2", "rollout=-2"):
+                    pair.append(
+                        json.loads(flowd.call("flowctl", "scale", change, "--wait", "--json"))
+                    )
+                    trained = len(flowd.metrics("scaled"))
+                    flowd.wait_step("scaled", trained + 2)  # each change meets a job at work
+                answers.append((pair[0], pair[1]))
+            flowd.call("flowctl", "cancel", "scaled")
+            return answers
+
+    answers = await asyncio.to_thread(moves)
+    more, fewer = zip(*answers, strict=True)
+
+    def median(results: Sequence[Result], key: str) -> float:
+        return statistics.median(float(result[key]) for result in results)
+
+    total = median(more, "seconds_total")
+    return {
+        "scale_total_s": total,
+        "scale_total_s_max": max(result["seconds_total"] for result in more),
+        "scale_ready_s": median(more, "seconds_ready"),
+        "scale_first_output_s": median(more, "seconds_first_output"),
+        "scale_down_total_s": median(fewer, "seconds_total"),
+        "scale_samples": options.scales,
+        "scale_bar_reached": total < SCALE_BAR_S,
+    }
+
+
+MEASUREMENTS: dict[str, Callable[[Path, argparse.Namespace], Awaitable[Result]]] = {
+    "actor": actor_ready,
+    "up": flowd_up,
+    "scale": scale,
+}
+"""Each gets a folder of its own and the options; their results are merged."""
+
+
 async def measure(options: argparse.Namespace) -> Result:
-    """All measurements, one after another."""
+    """What was asked for, one after another."""
+    load = MachineLoad()
     result: Result = {}
-    for measurement in MEASUREMENTS:
+    for name in options.only or MEASUREMENTS:
         with tempfile.TemporaryDirectory(prefix="bench-start-") as folder:
-            result |= await measurement(Path(folder), options)
-    return result | surroundings()
+            result |= await MEASUREMENTS[name](Path(folder), options)
+    return result | {"load": load.report()} | surroundings()
 
 
 def main() -> int:
-    """Exit code 0 when the bar is reached, 1 otherwise."""
-    parser = argparse.ArgumentParser(description="time from the order to an actor that answers")
+    """Exit code 0 when the bars of what was measured are reached, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--samples", type=int, default=40, help="forked actors (at least 20)")
     parser.add_argument("--cold-samples", type=int, default=5, help="cold processes (at least 3)")
+    parser.add_argument("--ups", type=int, default=5, help="starts of flowd (at least 5)")
+    parser.add_argument("--scales", type=int, default=5, help="changes of the job (at least 3)")
+    parser.add_argument("--only", action="append", choices=list(MEASUREMENTS), help="default: all")
     options = parser.parse_args()
-    if options.samples < 20 or options.cold_samples < 3:
-        parser.error("too few samples for a median: at least --samples 20 and --cold-samples 3")
+    least = {"samples": 20, "cold_samples": 3, "ups": 5, "scales": 3}
+    for name, count in least.items():
+        if (given := getattr(options, name)) < count:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} {given} is too few for a median: at least --{flag} {count}")
     result = asyncio.run(measure(options))
     if options.json:
         print(json.dumps(result, indent=2))
     else:
         for key, value in result.items():
             print(f"{key:28} {value:.1f}" if isinstance(value, float) else f"{key:28} {value}")
-    return 0 if result["actor_ready_bar_reached"] else 1
+    return 0 if all(value for key, value in result.items() if key.endswith("_bar_reached")) else 1
 
 
 if __name__ == "__main__":
