@@ -24,9 +24,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listen", metavar="tcp://IP:PORT", help="take other nodes' and tools' connections there"
     )
+    parser.add_argument(
+        "--orphan-grace-s",
+        type=grace,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long actors work on without flowd (default 30): started again by then, it takes them over",
+    )
     parser.add_argument("--detach", action="store_true", help="return once it is ready")
     # The started half of --detach writes here, once: its pid when it is ready, or why it is not.
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+
+
+def grace(text: str) -> float:
+    """Seconds; more than none, because no restart is that quick."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time: give seconds, more than 0, as in 30")
+    return seconds
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +86,9 @@ def _serve(args: argparse.Namespace, paths: "StatePaths") -> int:
 
     from flowd.daemon import serve
 
-    return serve(paths, devices, listen=args.listen, ready=ready)
+    return serve(
+        paths, devices, listen=args.listen, ready=ready, orphan_grace_s=args.orphan_grace_s
+    )
 
 
 def _detach(args: argparse.Namespace, paths: "StatePaths") -> int:
@@ -84,6 +104,7 @@ def _detach(args: argparse.Namespace, paths: "StatePaths") -> int:
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "flowd", "up", "--devices", args.devices]
     command += ["--state-dir", str(paths.root), "--ready-fd", str(writer)]
+    command += ["--orphan-grace-s", str(args.orphan_grace_s)]
     command += ["--listen", args.listen] if args.listen else []
     try:
         with paths.log.open("ab") as output:

@@ -1,0 +1,59 @@
+"""deterministic = true: the same steps bit for bit, wherever the job runs and whatever dies on the way."""
+
+from typing import Any
+
+import pytest
+from flowd_process import FAST, Flowd, kill
+
+STEPS = 40
+SAME = ("step", "group_ids", "reward_mean", "loss", "grad_norm", "entropy", "tokens")
+# Rewards that differ within groups: otherwise every loss would be zero, and so equal.
+CHANGES = (f"job.steps={STEPS}", "job.deterministic=true", "env.task=e2e_tasks:Parity", "job.seed=7")
+
+
+def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in SAME} for line in lines]
+
+
+def undisturbed(flowd: Flowd, bound: int, *changes: str) -> list[dict[str, Any]]:
+    """The lines of a job that nothing happens to; run once for each set of changes."""
+    name = "-".join(["calm", str(bound), *(c.replace("=", "-") for c in changes)])
+    if not flowd.run(name).root.exists():
+        flowd.submit(name, *CHANGES, f"job.max_staleness={bound}", *changes)
+        flowd.wait_done(name)
+    lines = flowd.check_done(name, steps=STEPS)
+    assert sum(line["loss"] != 0.0 for line in lines) > STEPS // 2
+    return numbers(lines)
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_killed_trainer_changes_no_number(flowd: Flowd, bound: int) -> None:
+    """What is sampled and trained again after a rollback is what it was."""
+    calm = undisturbed(flowd, bound)
+    name = f"killed-deterministic-{bound}"
+    flowd.submit(name, *CHANGES, f"job.max_staleness={bound}")
+    flowd.wait_step(name, 8)
+    kill(flowd.pid_of(name, "trainer-0"))
+    flowd.wait_done(name)
+    lines = flowd.check_done(name, steps=STEPS)
+    assert lines[-1]["attempt"] == 1
+    assert numbers(lines) == calm
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_flowd_and_actors_gone_then_resumed_changes_no_number(
+    flowd: Flowd, own_flowd: Flowd, bound: int
+) -> None:
+    """kill -9 of flowd, the actors leave after their grace, another flowd resumes from the last commit."""
+    calm = undisturbed(flowd, bound)
+    own_flowd.up("--orphan-grace-s", "0.2")
+    own_flowd.submit("lost", *CHANGES, f"job.max_staleness={bound}")
+    own_flowd.wait_step("lost", 5)
+    own_flowd.kill()
+    own_flowd.wait_gone()
+    own_flowd.up()
+    own_flowd.request("resume", job="lost")
+    own_flowd.wait_done("lost")
+    lines = own_flowd.check_done("lost", steps=STEPS)
+    assert lines[-1]["attempt"] == 1
+    assert numbers(lines) == calm
