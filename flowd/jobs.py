@@ -42,6 +42,7 @@ from channels.lifecycle import (
     Ready,
     Stop,
     Welcome,
+    heartbeat_interval_s,
 )
 from channels.messages import Message
 from flowd.budget import RestartBudget
@@ -52,7 +53,6 @@ from flowd.planner import Plan, Replica, plan_scale
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 1.0
 HUNG_AFTER_S = 30.0  # an actor's loop that did not beat for so long is stuck
 STOP_DEADLINE_S = 5.0
 KILL_DEADLINE_S = 5.0
@@ -208,6 +208,11 @@ class Job:
         await asyncio.shield(self._ending)
 
     async def _end(self, state: str) -> None:
+        # What is being replaced now would come up after everything was stopped.
+        replacing = [t for t in self._tasks if t.get_name().startswith("replace-")]
+        for task in replacing:
+            task.cancel()
+        await asyncio.gather(*replacing, return_exceptions=True)
         await self._stop([r for r in self.actors.values() if r.state != "gone"], self.reason)
         current = asyncio.current_task()
         for task in [t for t in self._tasks if t is not current]:
@@ -273,6 +278,7 @@ class Job:
         record.welcomed = False
         python = getattr(getattr(self.config, record.kind, None), "python", None)
         record.process = await self._spawn(self._spec(record), python)
+        record.heard = time.monotonic()  # the fork server may still have been importing
         record.watcher = self._task(self._watch(record, record.process), f"watch-{record.name}")
         self._actor_changed(record)
 
@@ -333,7 +339,13 @@ class Job:
         if record.address:
             self.endpoint.connect(self._peer(record), record.address)
             record.welcomed = True
-            self._send(record, Welcome(incarnation=self.incarnation, heartbeat_s=HEARTBEAT_S))
+            self._send(
+                record,
+                Welcome(
+                    incarnation=self.incarnation,
+                    heartbeat_s=heartbeat_interval_s(self._orphan_grace_s),
+                ),
+            )
 
     def _peer(self, record: ActorRecord) -> str:
         return f"{self.name}/{record.name}"

@@ -17,12 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from flowd.client import ControlClient
+    from flowd.commands.submit import START_S
     from flowd.console import hint, print_json
     from flowd.follow import follow_job
     from flowd.runs import paths_of
 
     with ControlClient(paths_of(args)) as client:
-        status = client.request(NAME, {"job": args.job})
+        status = client.request(NAME, {"job": args.job}, timeout_s=START_S)
         if args.follow:
             return follow_job(client, args.job, as_json=args.json)
     if args.json:

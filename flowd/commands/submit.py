@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from flowd.control import Daemon
 
 NAME = "submit"
+START_S = 300.0  # the first job waits for the fork server, which imports torch from a cold disk
 HELP = "start a job from its TOML file; --follow watches it, Ctrl-C then leaves it running"
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     name = config.job.name
     with ControlClient(paths_of(args)) as client:
         arguments = {"toml": dump_job(config), "source": args.job_file}
-        status = client.request(NAME, arguments)
+        status = client.request(NAME, arguments, timeout_s=START_S)
         if args.follow:
             return follow_job(client, name, as_json=args.json)
     if args.json:
