@@ -63,6 +63,7 @@ class ConductorActor(Actor):
         self.ended: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self.finishing: tuple[str, str] | None = None  # waits for the last commit
         self.handing_over: str | None = None
+        self.handed_over = False
         self.progress = asyncio.Event()
         self.step_began = time.monotonic()
         self.stage_seconds: dict[str, dict[str, float]] = {}  # actor → cumulative seconds by name
@@ -77,22 +78,23 @@ class ConductorActor(Actor):
             state, reason = await self.ended
             watch.cancel()
             work.cancel()
-        self.ledger.cancel_open()
+        await self.blocking(self.ledger.cancel_open)  # after what the worker may still be writing
         self.endpoint.send(FLOWD, JobFinished(job=self.spec.job, state=state, reason=reason))
 
     async def leave(self) -> None:
         """Nothing is in flight here that the ledger does not know."""
+        await self.blocking(self._close_files)
+
+    def _close_files(self) -> None:
         self.metrics.close()
         self.ledger.close()
 
     def on_peer(self, peer: Introduce) -> None:
-        """Env actors take tickets; a late rollout actor gets the newest weights; a trainer says where it stands."""
+        """Env actors take tickets; a late rollout actor gets the newest weights; a trainer will say where it stands."""
         if peer.kind == "env":
             self.tickets.add_consumer(peer.peer)
         elif peer.kind == "rollout" and self.newest is not None:
             self.endpoint.send(peer.peer, self.newest)
-        elif peer.kind == "trainer" and peer.rank == 0:
-            self.trainer = peer
 
     def on_peer_lost(self, peer: Introduce) -> None:
         """Tickets of a dead env actor go to another; a dead trainer's groups wait for its successor."""
@@ -106,12 +108,12 @@ class ConductorActor(Actor):
         self.inbox.put_nowait((sender, message))
 
     async def _work(self) -> None:
-        while True:
+        while not self.ended.done():
             with self.time.measure("wait_groups"):
                 sender, message = await self.inbox.get()
             match message:
                 case TrainerReady():
-                    await self._begin_run(message)
+                    await self._begin_run(sender, message)
                 case WeightsPublished():
                     await self._published(message)
                 case GroupReceived():
@@ -123,12 +125,17 @@ class ConductorActor(Actor):
                 case StageTimes():
                     self.stage_seconds[sender] = message.seconds
                 case HandOver():
-                    self.handing_over = message.replica
+                    self.handing_over, self.handed_over = message.replica, False
                     if self.finishing is None and not self.issuer.has_arrived(self.issuer.version):
                         self._pause_trainer()
 
-    async def _begin_run(self, ready: TrainerReady) -> None:
+    async def _begin_run(self, sender: str, ready: TrainerReady) -> None:
         """A trainer stands at a commit: go on from there."""
+        trainer = self.peers.get(sender)
+        if trainer is None or trainer.epoch != ready.epoch:
+            return  # it died since; its successor says where it stands itself
+        # Only now: what the one before still had queued here is not for this one.
+        self.trainer = trainer
         manifest = newest_manifest(self.run_dir)
         # The trainer has just loaded that commit; another step would mean that two trainers write here.
         assert manifest is not None
@@ -137,7 +144,9 @@ class ConductorActor(Actor):
         self.run_attempt = max(self.run_attempt, self.ledger.last_run_attempt()) + 1
         rolled_back = self.ledger.reconcile(manifest, self.run_attempt)
         self.received.clear()
-        self.tickets.cancel(lambda payload: True)
+        self.tickets.cancel(lambda pending: True)
+        if begun_before:
+            del self.rewards[len(self.rewards) - (self.issuer.version - ready.step) :]
         self.issuer.restore(ready.step, self.ledger.next_group(), self.ledger.open_groups())
         if begun_before or rolled_back:
             self.event(
@@ -150,7 +159,11 @@ class ConductorActor(Actor):
                     f"{len(rolled_back)} groups that it does not contain are played again"
                 ),
             )
+        if self.handing_over is not None and not self.handed_over:
+            # The one that was to hand over died; this one can be replaced from where it stands.
+            self._tell_handed_over()
         self.handing_over = None
+        self.finishing = None  # the steps that were to be the last may have been rolled back
         self.newest = None
         if ready.step >= self.config.job.steps:
             self._end("done", f"all {self.config.job.steps} steps were already trained")
@@ -246,6 +259,8 @@ class ConductorActor(Actor):
         groups = self.issuer.advance(message.policy_version)
         received = [self.received.pop(group) for group in groups]
         self.ledger.train(groups, message.step)
+        # A ticket of a trained group (its env actor died after delivering) is played for nothing.
+        self.tickets.cancel(lambda pending: pending.payload["step"] <= message.step)
         self.progress.set()
         rewards = [reward for group in received for reward in group.rewards]
         line = self._metrics_line(message, received, rewards)
@@ -316,7 +331,9 @@ class ConductorActor(Actor):
             seen = self.stage_seen.get(actor, {})
             for name, value in seconds.items():
                 key = f"{kind}_{name}_s"
-                times[key] = round(times.get(key, 0.0) + value - seen.get(name, 0.0), 4)
+                before = seen.get(name, 0.0)
+                since = value - before if value >= before else value  # restarted: counts anew
+                times[key] = round(times.get(key, 0.0) + since, 4)
             self.stage_seen[actor] = seconds
         return times
 
@@ -328,7 +345,12 @@ class ConductorActor(Actor):
         if self.finishing is not None and message.step == self.issuer.version:
             self._end(*self.finishing)
         elif self.handing_over is not None and message.step == self.issuer.version:
-            self.endpoint.send(FLOWD, HandedOver(job=self.spec.job, replica=self.handing_over))
+            self._tell_handed_over()
+
+    def _tell_handed_over(self) -> None:
+        assert self.handing_over is not None
+        self.handed_over = True
+        self.endpoint.send(FLOWD, HandedOver(job=self.spec.job, replica=self.handing_over))
 
     def _finish(self, state: str, reason: str) -> None:
         """End the job once the trainer has committed where it stands."""
