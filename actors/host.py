@@ -36,6 +36,7 @@ from channels.lifecycle import (
     Ready,
     Stop,
     Welcome,
+    heartbeat_interval_s,
 )
 from channels.messages import Message
 
@@ -63,7 +64,7 @@ class ActorHost:
         # Parking runs beside the actor's life; that it raised ends the actor all the same.
         self._broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._incarnation = ""
-        self._heartbeat_s = 1.0
+        self._heartbeat_s = heartbeat_interval_s(spec.orphan_grace_s)
         self._heard = time.monotonic()
         self.lease = self._make_lease()
 
@@ -173,8 +174,9 @@ class ActorHost:
         return EXIT_DONE
 
     async def _beat(self) -> None:
-        """Beat until no flowd was heard for the grace."""
-        while time.monotonic() - self._heard < self.spec.orphan_grace_s:
+        """Beat until no flowd was heard for the grace. Time that this process slept through does not count."""
+        silent_s = 0.0
+        while silent_s < self.spec.orphan_grace_s:
             report = self.actor.report() if self.actor is not None else {}
             if self.actor is not None:
                 self.actor.spans.flush()
@@ -183,7 +185,12 @@ class ActorHost:
                     actor=self.spec.actor, job=self.spec.job, epoch=self.spec.epoch, report=report
                 )
             )
+            began = time.monotonic()
             await asyncio.sleep(self._heartbeat_s)
+            if self._heard >= began:
+                silent_s = 0.0
+            else:
+                silent_s += min(time.monotonic() - began, 2 * self._heartbeat_s)
 
     def _hello(self) -> None:
         self._tell(

@@ -12,6 +12,11 @@ from channels.messages import Message
 FLOWD = "flowd"
 
 
+def heartbeat_interval_s(orphan_grace_s: float) -> float:
+    """Seconds between heartbeats: several within the grace, so that one late reply orphans nobody."""
+    return min(1.0, orphan_grace_s / 4)
+
+
 class ActorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that an actor process is told at its start."""
 

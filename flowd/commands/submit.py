@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 NAME = "submit"
 START_S = 300.0  # the first job waits for the fork server, which imports torch from a cold disk
 HELP = "start a job from its TOML file; --follow watches it, Ctrl-C then leaves it running"
+START_S = 300.0  # flowd may have just begun to import what actors need, from a cold disk
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def grace(text: str) -> float:
-    """Seconds; more than none, because no restart is that quick."""
+    """Seconds; enough for a few heartbeats, so that a busy flowd is not taken for a dead one."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0.0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time: give seconds, more than 0, as in 30")
+    if not 1.0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is too short: give seconds, at least 1, as in 30")
     return seconds
 
 
