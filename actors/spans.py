@@ -1,9 +1,10 @@
 """Spans of time for `flowctl trace`: one JSON line each, appended by every actor to the run's spans.jsonl."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import msgspec
 
 FLUSH_LINES = 64
 FLUSH_S = 1.0
@@ -15,7 +16,7 @@ class SpanWriter:
     def __init__(self, path: Path, actor: str) -> None:
         self._path = path
         self._actor = actor
-        self._lines: list[str] = []
+        self._lines: list[bytes] = []
         self._file: BinaryIO | None = None
         self._flushed = time.monotonic()
 
@@ -29,7 +30,7 @@ class SpanWriter:
         self._append({"device": device, "name": holder, "start": start, "seconds": seconds})
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._lines.append(json.dumps(line, separators=(",", ":")))
+        self._lines.append(msgspec.json.encode(line))
         if len(self._lines) >= FLUSH_LINES or time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
@@ -40,7 +41,7 @@ class SpanWriter:
             return
         if self._file is None:
             self._file = self._path.open("ab", buffering=0)
-        self._file.write(("\n".join(self._lines) + "\n").encode())
+        self._file.write(b"\n".join(self._lines) + b"\n")
         self._lines.clear()
 
     def close(self) -> None:

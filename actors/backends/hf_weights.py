@@ -14,6 +14,7 @@ class ModelWeights:
         self._model = model
         self._device = device
         self.resident = True
+        self._size_bytes = sum(tensor.nbytes for tensor in self._tensors())
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Copy every parameter by its Hugging Face name; tied ones once, under any of their names.
@@ -74,8 +75,8 @@ class ModelWeights:
         self.resident = True
 
     def memory_bytes(self) -> int:
-        """Bytes of weights on the device; tied ones count once."""
-        return sum(t.nbytes for t in self._tensors() if t.device.type == self._device.type)
+        """Bytes of weights on the device; tied ones count once. Cheap: an actor asks at every stop."""
+        return self._size_bytes if self.resident or self._device.type == "cpu" else 0
 
     def _tensors(self) -> list[Tensor]:
         """Parameters and buffers, each once."""

@@ -5,6 +5,7 @@ model sees is what it sampled, even where its tokens are not the ones that its t
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -15,6 +16,7 @@ from sim.contract import ChatMessage, TextObservation
 
 _OPENING = ChatMessage(role="user", content="-")
 _PLACEHOLDER = "ASSISTANT-TURN"
+OPENINGS_KEPT = 256
 
 
 class TextPolicy:
@@ -40,6 +42,8 @@ class TextPolicy:
                 "the model folder"
             )
         self._tokenizer = tokenizer
+        # The samples of a group open with the same messages.
+        self._opening = lru_cache(OPENINGS_KEPT)(self._encode_opening)
         closing = self._after_assistant((), generation_prompt=False)
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         self._end_of_turn = next((token for token in closing.tolist() if token in special), None)
@@ -78,7 +82,7 @@ class TextPolicy:
                 raise ValueError(
                     "the first observation has no messages: a task's reset must give at least one"
                 )
-            return self._tokenize(self._render(observation.messages, generation_prompt=True))
+            return self._opening(tuple(observation.messages))
         tokens = self._after_assistant(observation.messages, generation_prompt=True)
         if self._end_of_turn is not None and history[-1] == self._end_of_turn:
             ends = np.flatnonzero(tokens == self._end_of_turn)
@@ -91,6 +95,11 @@ class TextPolicy:
             tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    def _encode_opening(self, messages: tuple[ChatMessage, ...]) -> Int32:
+        tokens = self._tokenize(self._render(messages, generation_prompt=True))
+        tokens.flags.writeable = False  # it is handed out again
+        return tokens
 
     def _after_assistant(
         self, messages: Sequence[ChatMessage], *, generation_prompt: bool

@@ -1,15 +1,17 @@
 """The rollout actor: continues token sequences for env actors with the newest weights that the policy clock allows.
 
-It holds requests (a turn of a group each, see actors/env/actor.py), feeds them to its generation engine as there is room, and
-acknowledges each with its actions. It keeps nothing that another rollout actor could not make again: asked to leave, or
-parked in mid-generation, it stops its sequences and keeps or hands back the tokens that they have.
+It holds requests (a turn of a group each, see actors/env/actor.py), feeds them to its generation engine as there is
+room, and acknowledges each with its actions. It keeps nothing that another rollout actor could not make again: asked to
+leave, or parked in mid-generation, it stops its sequences and keeps or hands back the tokens that they have.
 
 A request says which version it may be sampled with: `exact` (that version and no other; older versions are still in the
-node's host copy), or at least `version`. When weights are swapped is [rollout] adopt: between turns, or in mid-generation.
+node's host copy), or at least `version`. When weights are swapped is [rollout] adopt: between turns, or in
+mid-generation.
 """
 
 import asyncio
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from actors.backends.contract import Generation, GenerationEngine, GenerationReq
 from actors.episodes import Action, Int32, Sampling
 from actors.randomness import fold
 from channels.channel import Item
+from channels.errors import VersionGone
 from channels.lifecycle import Introduce
 from channels.messages import Message
 from channels.weights import WeightsDirectory, WeightsPublished
@@ -40,6 +43,7 @@ class Work:
 
     item: Item
     order: int
+    watch: asyncio.Task[None]  # for its cancellation
     prompts: list[Int32] = field(default_factory=list)
     requests: list[GenerationRequest | None] = field(default_factory=list)  # None: no room left
     results: dict[int, Generation] = field(default_factory=dict)  # by position; may be partial
@@ -81,6 +85,7 @@ class RolloutActor(Actor):
         self.order = 0
         self.newest: WeightsPublished | None = None
         self.loaded = (-1, -1)  # (run attempt, version)
+        self.gone: set[tuple[int, int]] = set()  # versions that the node no longer has
         self.wake = asyncio.Event()
         self.weights = WeightsDirectory(
             Path(self.spec.weights_dir), keep=self.config.job.max_staleness + 2
@@ -107,7 +112,7 @@ class RolloutActor(Actor):
     async def run(self) -> None:
         """Generate while there is something to generate."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._take())
+            tasks.create_task(self._take(tasks))
             tasks.create_task(self._generate())
 
     async def leave(self) -> None:
@@ -156,12 +161,18 @@ class RolloutActor(Actor):
         """Time shares, and the version in use."""
         return {**super().report(), "policy_version": self.loaded[1]}
 
-    async def _take(self) -> None:
+    async def _take(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             item = await self.requests.get()
             self.order += 1
-            self.pending.append(Work(item, self.order))
+            watch = tasks.create_task(self._wake_when_cancelled(item))
+            self.pending.append(Work(item, self.order, watch))
             self.wake.set()
+
+    async def _wake_when_cancelled(self, item: Item) -> None:
+        """One that waits for weights that never come would keep its place, and with it its env actor."""
+        await item.wait_cancelled()
+        self.wake.set()
 
     async def _generate(self) -> None:
         self.time.enter("wait_requests")
@@ -178,17 +189,27 @@ class RolloutActor(Actor):
             with self.time.measure("wait_lease"):
                 await self.lease.__aenter__()
             try:
-                await self._compute(version, admissible)
+                # While the lease was waited for, requests came and went, and newer weights came out.
+                self.wake.clear()
+                self._drop_cancelled()
+                version = self._version_to_load()
+                await self._compute(version)
             finally:
                 await self.lease.__aexit__(None, None, None)
 
-    async def _compute(self, version: tuple[int, int] | None, admissible: list[Work]) -> None:
+    async def _compute(self, version: tuple[int, int] | None) -> None:
         """One stay on the device: weights if due, new sequences, then tokens until something happens."""
         if self.engine is None or self.offloaded:
             await self.compute("onload", self._take_device)
         if version is not None:
-            await self.compute("load_weights", self._load, version)
-        await self.compute("generate", self._advance, admissible)
+            try:
+                await self.compute("load_weights", self._load, version)
+            except VersionGone:
+                # The job is past it: whoever asks for it withdraws. A newer one is on its way here.
+                self.log.warning("weights are gone run_attempt=%d version=%d", *version)
+                self.gone.add(version)
+                return
+        await self.compute("generate", self._advance, self._admissible(self.loaded))
         assert self.engine is not None
         self.lease.check_memory(self.engine.memory_bytes())
         self._deliver()
@@ -196,6 +217,7 @@ class RolloutActor(Actor):
     def _deliver(self) -> None:
         finished, self.finished = self.finished, []
         for work, actions in finished:
+            work.watch.cancel()
             work.item.ack(None if work.item.cancelled else actions)
             self.delivered()
 
@@ -205,11 +227,10 @@ class RolloutActor(Actor):
             return None
         attempt, newest = self.newest.run_attempt, self.newest.policy_version
         if self.running:
-            if self.config.rollout.adopt == "token" and (attempt, newest) > self.loaded:
-                return attempt, newest
-            return None
+            due = self.config.rollout.adopt == "token" and (attempt, newest) > self.loaded
+            return (attempt, newest) if due and (attempt, newest) not in self.gone else None
         wanted = [w for w in self.pending if w.run_attempt == attempt and w.version <= newest]
-        exact = [w.version for w in wanted if w.exact]
+        exact = [w.version for w in wanted if w.exact and (attempt, w.version) not in self.gone]
         if exact:
             # The oldest first: its group is the next to be trained.
             version = min(exact)
@@ -217,7 +238,7 @@ class RolloutActor(Actor):
             version = newest
         else:
             return None
-        return None if self.loaded == (attempt, version) else (attempt, version)
+        return None if (attempt, version) in {self.loaded, *self.gone} else (attempt, version)
 
     def _admissible(self, loaded: tuple[int, int]) -> list[Work]:
         """Pending requests that may run on these weights, most urgent first."""
@@ -274,9 +295,33 @@ class RolloutActor(Actor):
         self.loaded = version
 
     def _advance(self, admissible: list[Work]) -> None:
-        """Start what fits, then step until something ends, something arrives, or the time slice is over."""
+        """Start what fits, then step until a request is complete, something arrives, or the time slice is over."""
         assert self.engine is not None
-        for work in admissible:
+        waiting = deque(admissible)
+        self._start(waiting)
+        until = time.monotonic() + ADVANCE_S
+        while self.engine.num_running:
+            ended = []
+            for generation in self.engine.step():
+                work, position = self.by_request.pop(generation.request_id)
+                work.results[position] = generation
+                ended.append(work)
+            # Single samples that ended have nowhere to go yet: only a whole request is worth a stop.
+            if any(work.complete for work in ended) or self.wake.is_set() or self.lease.revoking:
+                break
+            if time.monotonic() > until:
+                break
+            if ended:
+                self._start(waiting)
+        for work in [work for work in self.running if work.complete]:
+            self.running.remove(work)
+            self.finished.append((work, self._actions(work)))
+
+    def _start(self, waiting: deque[Work]) -> None:
+        """Give the engine requests while it has room, in order; those that it took leave `waiting`."""
+        assert self.engine is not None
+        while waiting:
+            work = waiting[0]
             if not work.requests:
                 self._prepare(work)
             missing = [
@@ -285,33 +330,17 @@ class RolloutActor(Actor):
                 if request is not None and i not in work.results
             ]
             if missing and not self._has_room([request for _, request in missing]):
-                break
+                return
             for position, request in missing:
                 self.by_request[request.request_id] = (work, position)
                 self.engine.add(request)
             self.pending.remove(work)
             self.running.append(work)
-        until = time.monotonic() + ADVANCE_S
-        while self.engine.num_running:
-            generations = self.engine.step()
-            for generation in generations:
-                work, position = self.by_request.pop(generation.request_id)
-                work.results[position] = generation
-            if generations or self.wake.is_set() or self.lease.revoking:
-                break
-            if time.monotonic() > until:
-                break
-        for work in [work for work in self.running if work.complete]:
-            self.running.remove(work)
-            self.finished.append((work, self._actions(work)))
+            waiting.popleft()
 
     def _has_room(self, requests: list[GenerationRequest]) -> bool:
         """All samples of a turn start together."""
         assert self.engine is not None
-        if len(requests) > self.config.rollout.max_running:
-            return (
-                not self.engine.num_running
-            )  # more than the engine runs at a time: alone, in waves
         return len(requests) <= self.engine.free_slots and self.engine.can_admit(requests[0])
 
     def _prepare(self, work: Work) -> None:
