@@ -80,10 +80,10 @@ def warm_up(
     def examples(first: int, count: int) -> list[Example]:
         seeds = [fold(config.job.seed, SEED_OF_EXAMPLE, first + i) >> 1 for i in range(count)]
         if several_turns:
-            played = [_turns(messages) for messages in task.conversations(seeds)]
+            played = [turns_of(messages) for messages in task.conversations(seeds)]
         else:
             played = [[turn] for turn in task.examples(seeds)]
-        return [_encode(policy, tokenizer, turns) for turns in played]
+        return [encode_turns(policy, tokenizer, turns) for turns in played]
 
     _train(model, examples, config.warmup, progress)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _source(module: Any) -> str:
         return ""  # made in memory, or shipped without source
 
 
-def _turns(conversation: Sequence[ChatMessage]) -> list[tuple[TextObservation, str]]:
+def turns_of(conversation: Sequence[ChatMessage]) -> list[tuple[TextObservation, str]]:
     """What was said to the assistant since its last turn, and its answer, turn by turn."""
     turns = []
     new: list[ChatMessage] = []
@@ -134,7 +134,7 @@ def _turns(conversation: Sequence[ChatMessage]) -> list[tuple[TextObservation, s
     return turns
 
 
-def _encode(policy: Policy, tokenizer: Any, turns: Sequence[tuple[Any, str]]) -> Example:
+def encode_turns(policy: Policy, tokenizer: Any, turns: Sequence[tuple[Any, str]]) -> Example:
     """The tokens that rollouts would have, had the policy given these answers."""
     parts: list[list[int]] = []
     for observation, text in turns:

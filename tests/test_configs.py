@@ -1,0 +1,102 @@
+"""Every shipped job file loads, says what it is for, and fits its task."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.job_config import JobConfig
+from actors.models.config import ModelConfig
+from flowd.devices import inventory
+from flowd.job import load_job
+from flowd.planner import plan
+from sim.registry import make
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.glob("*.toml"))
+ROW = '{"question": "What is 2 + 2?", "answer": "It is 4.\\n#### 4"}\n'
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> dict[str, Path]:
+    """What a user brings: a model folder and a data file, by the key that names them."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(ROW)
+    return {"model.path": model, "env.args.path": data}
+
+
+def load(path: Path, stand_ins: dict[str, Path]) -> JobConfig:
+    """The job as shipped; stand-ins for the paths that it names, and only for those."""
+    text = path.read_text()
+    section = {"model.path": "[model]\npath =", "env.args.path": "[env.args]\npath ="}
+    named = [key for key in stand_ins if section[key] in text]
+    return load_job(path, [f"{key}={stand_ins[key]}" for key in named])
+
+
+@every_file
+def test_shipped_file_loads(path: Path, stand_ins: dict[str, Path]) -> None:
+    """Without a change but for the paths of a user's own model and data."""
+    load(path, stand_ins)
+
+
+@every_file
+def test_shipped_file_begins_with_a_comment(path: Path) -> None:
+    """Sentences about what it shows, the hardware and the time stand before the first section."""
+    before, _, _ = path.read_text().partition("[job]")
+    lines = before.splitlines()
+    assert lines
+    assert all(line.startswith("#") for line in lines)
+    comment = " ".join(lines)
+    assert "GRPO" in comment
+    assert "CPU cores" in comment or "GPU" in comment
+    assert "minutes" in comment or "time" in comment
+
+
+@every_file
+def test_shipped_file_is_named_after_its_job(path: Path, stand_ins: dict[str, Path]) -> None:
+    """The run directory tells which file it came from: purpose, then algorithm."""
+    config = load(path, stand_ins)
+    assert path.stem == f"{config.job.name}_{config.algorithm.name}"
+
+
+@every_file
+def test_readme_has_a_row_for_the_file(path: Path) -> None:
+    """One row of five cells, with a link."""
+    readme = (CONFIGS / "README.md").read_text().splitlines()
+    (row,) = (line for line in readme if line.startswith(f"| [{path.name}]({path.name}) |"))
+    cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+    assert len(cells) == 5
+    assert all(cells)
+
+
+@every_file
+def test_shipped_file_fits_its_task(path: Path, stand_ins: dict[str, Path]) -> None:
+    """The task takes the arguments; its worked episodes fit in the turns that the job allows."""
+    config = load(path, stand_ins)
+    task: Any = make(config.env.task, num_slots=1, args=config.env.args)
+    if hasattr(task, "conversations"):
+        games = task.conversations(range(200))
+        turns = max(sum(m.role == "assistant" for m in game) for game in games)
+        assert turns == config.env.max_turns
+        assert config.env.args["max_guesses"] == config.env.max_turns
+    else:
+        assert task.examples([0])
+        assert config.env.max_turns == 1
+    task.close()
+
+
+@every_file
+def test_shipped_file_can_be_placed_on_four_devices(path: Path, stand_ins: dict[str, Path]) -> None:
+    """A machine without a GPU has at least four virtual ones."""
+    assert plan(load(path, stand_ins), inventory("cpu:4")).stage("trainer")
+
+
+def test_gsm8k_takes_the_model_from_the_folder(stand_ins: dict[str, Path]) -> None:
+    """None of the numbers of a made-up model are written, for they would not be read."""
+    config = load(CONFIGS / "gsm8k_grpo.toml", stand_ins)
+    assert config.model == ModelConfig(path=str(stand_ins["model.path"]))
