@@ -82,7 +82,7 @@ class Flowd:
 
     def request(self, command: str, **arguments: Any) -> Any:
         with ControlClient(self.paths) as client:
-            return client.request(command, arguments)
+            return client.request(command, arguments, timeout_s=DEADLINE_S)
 
     def submit(self, name: str, *changes: str) -> None:
         """Submit the fast job under a name, with changes as for --set."""

@@ -5,10 +5,15 @@ from typing import Any
 import pytest
 from flowd_process import FAST, Flowd, kill
 
-STEPS = 40
+STEPS = 60
 SAME = ("step", "group_ids", "reward_mean", "loss", "grad_norm", "entropy", "tokens")
 # Rewards that differ within groups: otherwise every loss would be zero, and so equal.
-CHANGES = (f"job.steps={STEPS}", "job.deterministic=true", "env.task=e2e_tasks:Parity", "job.seed=7")
+CHANGES = (
+    f"job.steps={STEPS}",
+    "job.deterministic=true",
+    "env.task=e2e_tasks:Parity",
+    "job.seed=7",
+)
 
 
 def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -40,20 +45,43 @@ def test_killed_trainer_changes_no_number(flowd: Flowd, bound: int) -> None:
     assert numbers(lines) == calm
 
 
-@pytest.mark.parametrize("bound", [0, 1])
 def test_flowd_and_actors_gone_then_resumed_changes_no_number(
-    flowd: Flowd, own_flowd: Flowd, bound: int
+    flowd: Flowd, own_flowd: Flowd
 ) -> None:
-    """kill -9 of flowd, the actors leave after their grace, another flowd resumes from the last commit."""
-    calm = undisturbed(flowd, bound)
-    own_flowd.up("--orphan-grace-s", "0.2")
-    own_flowd.submit("lost", *CHANGES, f"job.max_staleness={bound}")
-    own_flowd.wait_step("lost", 5)
+    """kill -9 of flowd, the actors leave after their grace, and the next flowd resumes from the last commit."""
+    own_flowd.up("--orphan-grace-s", "1")
+    bounds = {f"lost-{bound}": bound for bound in (0, 1)}
+    for name, bound in bounds.items():
+        own_flowd.submit(name, *CHANGES, f"job.max_staleness={bound}")
+    for name in bounds:
+        own_flowd.wait_step(name, 5)
     own_flowd.kill()
     own_flowd.wait_gone()
     own_flowd.up()
-    own_flowd.request("resume", job="lost")
-    own_flowd.wait_done("lost")
-    lines = own_flowd.check_done("lost", steps=STEPS)
-    assert lines[-1]["attempt"] == 1
-    assert numbers(lines) == calm
+    for name in bounds:
+        status = own_flowd.status(name)
+        assert status["state"] == "interrupted"
+        assert f"flowctl resume {name}" in status["error"]
+        own_flowd.request("resume", job=name)
+    for name, bound in bounds.items():
+        own_flowd.wait_done(name)
+        lines = own_flowd.check_done(name, steps=STEPS)
+        assert lines[-1]["attempt"] == 1
+        assert numbers(lines) == undisturbed(flowd, bound)
+
+
+def test_inline_job_gives_the_numbers_of_processes(flowd: Flowd) -> None:
+    """One loop in one process or many processes: the same job."""
+    options = [word for change in CHANGES for word in ("--set", change)]
+    done = flowd.ctl(
+        "run",
+        "--inline",
+        str(FAST),
+        "--set",
+        "job.name=inline",
+        "--set",
+        "job.max_staleness=1",
+        *options,
+    )
+    assert done.returncode == 0, done.stderr
+    assert numbers(flowd.steps("inline")) == undisturbed(flowd, 1)

@@ -1,9 +1,10 @@
 """Jobs from submit to the end, in both modes, at every staleness; and requests that are refused."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from flowd_process import Flowd, lines_of
+from flowd_process import FAST, Flowd, lines_of
 
 STEPS = 30
 DOCUMENTED = {
@@ -77,5 +78,56 @@ def test_collocated_stages_never_hold_a_device_at_the_same_time(flowd: Flowd, bo
     holders = {span["name"].partition("-")[0] for span in spans}
     assert holders == {"rollout", "trainer"}
     spans.sort(key=lambda span: float(span["start"]))
-    for earlier, later in zip(spans, spans[1:], strict=False):
+    for earlier, later in pairwise(spans):
         assert earlier["start"] + earlier["seconds"] <= later["start"] + 2e-6, (earlier, later)
+
+
+@pytest.mark.parametrize("mode", ["disaggregated", "collocated"])
+def test_two_trainer_ranks_train_as_one_does(flowd: Flowd, mode: str) -> None:
+    """Data parallelism changes no result but the order of sums: losses agree to 1e-5."""
+    losses = []
+    for ranks in (1, 2):
+        name = f"{mode}-ranks-{ranks}"
+        flowd.submit(
+            name,
+            f"job.mode={mode}",
+            "job.deterministic=true",
+            "job.steps=10",
+            "env.task=e2e_tasks:Parity",
+            f"trainer.devices={ranks}",
+        )
+        flowd.wait_done(name)
+        losses.append([line["loss"] for line in flowd.check_done(name, steps=10)])
+    assert any(losses[0])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["job.name=taken"], "exists already"),
+        (["job.name=big", "rollout.devices=40"], "12 present"),
+        (["job.name=no/name"], "not a job name"),
+        (["job.name=no-model", "model.path=/nowhere/model"], "/nowhere/model"),
+    ],
+)
+def test_wrong_job_is_refused_in_one_sentence(flowd: Flowd, changes: list[str], said: str) -> None:
+    """Exit code 2, what is wrong on one line of stderr, and no trace of the job."""
+    if not flowd.run("taken").root.exists():
+        flowd.submit("taken", "job.steps=1")
+        flowd.wait_done("taken")
+    before = (
+        sorted(flowd.paths.runs.iterdir()),
+        [job["name"] for job in flowd.request("jobs")["jobs"]],
+    )
+    options = [word for change in changes for word in ("--set", change)]
+    done = flowd.ctl("submit", str(FAST), *options)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+    after = (
+        sorted(flowd.paths.runs.iterdir()),
+        [job["name"] for job in flowd.request("jobs")["jobs"]],
+    )
+    assert after == before

@@ -1,0 +1,63 @@
+"""flowd dies, stops or is told to end a job: what runs is taken over, resumed, or gone."""
+
+from flowd_process import Flowd, wait_for
+
+STEPS = 80
+
+
+def test_restarted_flowd_takes_running_actors_over(own_flowd: Flowd) -> None:
+    """Actors work on while flowd is gone; the next one finds the same processes, and nothing is taken back."""
+    own_flowd.up()
+    own_flowd.submit("adopted", f"job.steps={STEPS}")
+    own_flowd.wait_step("adopted", 10)
+    before = {actor["name"]: actor["pid"] for actor in own_flowd.actors("adopted")}
+    own_flowd.kill()
+    seen = len(own_flowd.metrics("adopted"))
+    wait_for(lambda: len(own_flowd.metrics("adopted")) > seen + 3, "steps without flowd")
+    own_flowd.up()
+    assert {actor["name"]: actor["pid"] for actor in own_flowd.actors("adopted")} == before
+    own_flowd.wait_done("adopted")
+    own_flowd.check_done("adopted", steps=STEPS)
+    assert {line["attempt"] for line in own_flowd.metrics("adopted")} == {0}
+
+    # A job that ends while no flowd is there is found to be done.
+    own_flowd.submit("unseen", "job.steps=30")
+    own_flowd.wait_step("unseen", 5)
+    own_flowd.kill()
+    wait_for(lambda: len(own_flowd.metrics("unseen")) == 30, "the job to end without flowd")
+    own_flowd.up()
+    own_flowd.wait_done("unseen")
+    own_flowd.check_done("unseen", steps=30)
+
+
+def test_down_interrupts_a_job_and_resume_goes_on(own_flowd: Flowd) -> None:
+    """After `flowd down` nothing runs; the next flowd resumes from the last commit."""
+    own_flowd.up()
+    own_flowd.submit("stopped", f"job.steps={STEPS}")
+    own_flowd.wait_step("stopped", 10)
+    own_flowd.down()
+    assert own_flowd.left_behind() == []
+    own_flowd.up()
+    assert own_flowd.status("stopped")["state"] == "interrupted"
+    done = own_flowd.ctl("resume", "stopped", "--follow")
+    assert done.returncode == 0, done.stderr
+    lines = own_flowd.check_done("stopped", steps=STEPS)
+    assert {line["attempt"] for line in lines} == {0, 1}
+
+
+def test_cancelled_job_stops_and_can_be_resumed(flowd: Flowd) -> None:
+    """`flowctl cancel` returns once the actors are gone; the ledger stays sound."""
+    flowd.submit("cancelled", "job.steps=40")
+    flowd.wait_step("cancelled", 7)
+    pids = {actor["pid"] for actor in flowd.actors("cancelled")}
+    done = flowd.ctl("cancel", "cancelled")
+    assert done.returncode == 0, done.stderr
+    assert not pids & flowd.processes().keys()
+    assert flowd.status("cancelled")["state"] == "cancelled"
+    flowd.audit("cancelled")
+    again = flowd.ctl("cancel", "cancelled")
+    assert again.returncode == 2
+    assert "is cancelled" in again.stderr
+    flowd.request("resume", job="cancelled")
+    flowd.wait_done("cancelled")
+    flowd.check_done("cancelled", steps=40)
