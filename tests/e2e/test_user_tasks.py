@@ -1,0 +1,97 @@
+"""Tasks and interpreters of a user's own: errors reach the user, the debugger works, another python serves a stage."""
+
+import os
+import sys
+from pathlib import Path
+
+from flowd_process import FAST, HERE, Flowd
+
+
+def test_traceback_of_a_task_that_raises_reaches_the_user_first(flowd: Flowd) -> None:
+    """`submit --follow` ends with exit code 1 and shows the task's own traceback; the job leaves nothing running."""
+    name = "raises"
+    before = flowd.processes().keys()
+    done = flowd.ctl(
+        "submit",
+        str(FAST),
+        "--follow",
+        "--set",
+        f"job.name={name}",
+        "--set",
+        "env.task=e2e_tasks:Raises",
+    )
+    assert done.returncode == 1
+    told = done.stderr.splitlines()
+    first = told.index("Traceback (most recent call last):")
+    assert told[-1].startswith("error: ")
+    assert "ZeroDivisionError: the abacus is broken" in told[-1]
+    assert "e2e_tasks.py" in "".join(told[first:-1])
+    assert "ZeroDivisionError: the abacus is broken" in told[first:-1]
+    assert "Group" not in "".join(told[first:]), "not one of the groups it was wrapped in"
+
+    status = flowd.status(name)
+    assert status["state"] == "failed"
+    assert status["error"].startswith("Traceback (most recent call last):")
+    shown = flowd.ctl("status", name)
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("Traceback (most recent call last):")
+    logs = flowd.ctl("logs", name)
+    assert "the abacus is broken" in logs.stdout
+    assert flowd.processes().keys() <= before
+    flowd.audit(name)
+
+
+def test_task_that_is_not_there_fails_at_once(flowd: Flowd) -> None:
+    """What cannot be set up is not tried again and again."""
+    done = flowd.ctl(
+        "submit",
+        str(FAST),
+        "--follow",
+        "--set",
+        "job.name=absent",
+        "--set",
+        "env.task=nowhere:Task",
+    )
+    assert done.returncode == 1
+    assert "there is no module nowhere" in done.stderr.splitlines()[-1]
+    assert all(actor["restarts"] == 0 for actor in flowd.actors("absent"))
+
+
+def test_another_interpreter_serves_the_env_stage(flowd: Flowd, tmp_path: Path) -> None:
+    """[env] python names a virtual environment; its actors run there, the others in flowd's."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "venv" / "pyvenv.cfg").write_text(
+        f"home = {Path(sys.executable).resolve().parent}\n"
+    )
+    packages = tmp_path / "venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    packages.mkdir(parents=True)
+    own = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "same.pth").write_text("\n".join(own) + "\n")
+    flowd.submit("interpreter", f"env.python={python}", "job.steps=100000")
+    flowd.wait_step("interpreter", 2)
+    commands = {actor["name"]: _command(actor["pid"]) for actor in flowd.actors("interpreter")}
+    for name, command in commands.items():
+        assert command.startswith(str(python)) == name.startswith("env-"), command
+    assert flowd.ctl("cancel", "interpreter").returncode == 0
+    flowd.audit("interpreter")
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def test_breakpoint_of_a_task_opens_the_debugger_inline(own_flowd: Flowd) -> None:
+    """`flowctl run --inline` needs no daemon, and a task's breakpoint() talks to this terminal."""
+    done = own_flowd.command(
+        "flowctl",
+        *("run", "--inline", str(FAST), "--set", "job.name=debugged", "--set", "job.steps=1"),
+        *("--set", "env.task=e2e_tasks:Stops"),
+        stdin="p len(slots)\n" + "c\n" * 100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(Pdb) 4" in done.stdout, "four samples are answered in one step"
+    assert str(HERE / "tasks" / "e2e_tasks.py") in done.stdout
+    assert 'job "debugged" done' in done.stderr
+    own_flowd.audit("debugged")
