@@ -12,6 +12,7 @@ trainer; when the trainer holds it the ticket is acknowledged.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,9 +205,11 @@ class EnvActor(Actor):
     async def _step(self, function: Any, slots: Sequence[int], values: Sequence[Any]) -> Any:
         self.stepping += 1
         self._account()
+        began = time.time()
         try:
             return await self.blocking(function, slots, values)
         finally:
+            self.spans.add(function.__name__, began, time.time() - began, episodes=len(slots))
             self.stepping -= 1
             self._account()
 
