@@ -1,8 +1,7 @@
 """Conversations of several turns through the whole pipeline: what the model reads, and what carries loss."""
 
 import asyncio
-import json
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def test_a_turn_shows_the_tasks_answer_to_the_turn_before(tmp_path: Path) -> Non
     tokenizer = build_characters_tokenizer()
     for turns in episodes(samples):
         assert turns[0]["prompt"] == "1 to 31?"
-        for before, turn in zip(turns, turns[1:], strict=False):
+        for before, turn in pairwise(turns):
             assert turn["prompt"] in (
                 "higher",
                 "lower",
@@ -134,9 +133,3 @@ def test_reward_rises(tmp_path: Path) -> None:
     rewards = [line["reward_mean"] for line in metrics]
     assert np.mean(rewards[:3]) < 0.65
     assert np.mean(rewards[-5:]) > 0.85
-    (cached,) = (tmp_path / "cache").glob("warmup-*.safetensors")
-    assert cached.stat().st_size > 0
-    assert (
-        json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        == len(metrics) - 1
-    )
