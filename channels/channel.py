@@ -472,6 +472,8 @@ class Consumer:
             return
         self._closed = True
         self._router.consumers.pop(self.channel, None)
+        self._protocol.capacity = 0
+        self._flushing.now()  # what was finished or handed back is said before the farewell
         self._protocol.close()
         self._changed()
         self._flushing.now()

@@ -445,6 +445,30 @@ def test_close_of_a_consumer(run: Run, web: Make) -> None:
     run(main)
 
 
+def test_close_of_a_consumer_says_first_what_it_finished(run: Run, web: Make) -> None:
+    """Acknowledged and handed back in the same turn of the loop: results and new payloads arrive, in this order."""
+
+    async def main() -> None:
+        w = web()
+        producer, first = w.pair(capacity=3)
+        done, begun, untouched = (asyncio.create_task(producer.call(x)) for x in "dbu")
+        items = [await first.get() for _ in range(3)]
+        items[0].ack("done")
+        items[1].hand_back("half done")
+        first.close()
+        assert await done == "done"
+        second = w.consumer("b", 2)
+        again = {item.payload: item for item in [await second.get(), await second.get()]}
+        assert set(again) == {"half done", "u"}
+        for payload, item in again.items():
+            item.ack(payload)
+        assert await begun == "half done"
+        assert await untouched == "u"
+        w.close()
+
+    run(main)
+
+
 def test_payload_that_cannot_travel_is_refused_at_put_and_ack(run: Run, sockets: Path) -> None:
     """The error is raised where the mistake is, the slot is free, and the item can still be finished."""
 
