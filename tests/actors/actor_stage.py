@@ -240,11 +240,16 @@ class Stage:
         """Once the actor is ready, introduce it and a new peer to each other."""
         await self.heard(Ready)
         peer = Peer(self, f"{JOB}/{name}", kind, rank, epoch)
-        peer.endpoint.connect(self.spec.peer, self.endpoint.address)
         self.peers[name] = peer
+        await self.introduce(peer)
+        return peer
+
+    async def introduce(self, peer: Peer) -> None:
+        """Introduce the actor and a peer, perhaps of another stage on the same hub, to each other."""
+        await self.heard(Ready)
+        peer.endpoint.connect(self.spec.peer, self.endpoint.address)
         self.tell(peer.introduction)
         await self.until(lambda: peer.name in self.actor.peers)
-        return peer
 
     def lose(self, name: str) -> None:
         """The peer died."""
