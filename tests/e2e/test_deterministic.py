@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from flowd_process import FAST, Flowd, kill
 
-STEPS = 60
+STEPS = 40
 SAME = ("step", "group_ids", "reward_mean", "loss", "grad_norm", "entropy", "tokens")
 # Rewards that differ within groups: otherwise every loss would be zero, and so equal.
 CHANGES = (
