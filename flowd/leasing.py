@@ -86,8 +86,8 @@ class LeaseShell:
     def want(self, replica: str) -> LeaseGranted | None:
         """A rank wants to compute. Returns the grant where it stands already: this rank missed it."""
         lease = self.table.lease(replica)
-        if lease is None:
-            return None
+        if lease is None or lease.killed:
+            return None  # its last words, perhaps
         standing = lease.state == "holding"
         self._carry_out(self.table.want(replica, time.monotonic()))
         if not standing:
@@ -109,6 +109,8 @@ class LeaseShell:
         held, lease = self._held.get(replica), self.table.lease(replica)
         if held is None or lease is None or lease.epoch != epoch:
             return
+        if not (lease.computing or lease.offloading):
+            return  # said again: it must not count as the answer to what is asked next
         held.released[rank] = memory_bytes
         if len(held.released) < held.num_ranks:
             return
