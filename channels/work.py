@@ -9,8 +9,6 @@ New weights are announced by `channels.weights.WeightsPublished`, trainer to con
 actor that joins late the newest.
 """
 
-from typing import Any
-
 from channels.messages import Message
 
 
@@ -95,7 +93,6 @@ class RankReply(Message, frozen=True, tag="rank_reply"):
     rank: int
     command: str
     step: int
-    data: dict[str, Any] = {}
 
 
 class StageTimes(Message, frozen=True, tag="stage_times"):

@@ -211,9 +211,7 @@ class FlowdDaemon:
         self._leases.on_change = self._save_leases
         self._save_leases()
 
-    def _adopt(
-        self, row: JobRow, rows: list[ActorRow], handles: dict[int, ProcessHandle]
-    ) -> None:
+    def _adopt(self, row: JobRow, rows: list[ActorRow], handles: dict[int, ProcessHandle]) -> None:
         assert self._store is not None
         saved = self._store.document(f"plan/{row.name}")
         assert saved is not None
@@ -603,9 +601,7 @@ class FlowdDaemon:
 class _Subscription:
     """Updates as they come. An iterator of its own: a generator that was never begun cannot be closed."""
 
-    def __init__(
-        self, queue: "asyncio.Queue[dict[str, Any]]", close: Callable[[], object]
-    ) -> None:
+    def __init__(self, queue: "asyncio.Queue[dict[str, Any]]", close: Callable[[], object]) -> None:
         self._queue = queue
         self._close = close
 

@@ -1,7 +1,7 @@
 """Inline mode: every actor of a job in one event loop of one process, no daemon, no copies.
 
-The actors, the conversation with flowd, leases, ledger and checkpoints are those of the real thing; blocking work runs on
-the loop, so a debugger, a profiler and `breakpoint()` work in any stage.
+The actors, the conversation with flowd, leases, ledger and checkpoints are those of the real thing; blocking work runs
+on the loop, so a debugger, a profiler and `breakpoint()` work in any stage.
 """
 
 import asyncio

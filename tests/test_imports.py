@@ -26,7 +26,9 @@ FLOWD_MAY_IMPORT = {
     "sim.errors",
 }
 KINDS = {"conductor", "env", "rollout", "trainer"}
-SHARED_OF_KINDS = {"actors.conductor.manifest"}  # the commit point, which trainer and conductor share
+SHARED_OF_KINDS = {
+    "actors.conductor.manifest"
+}  # the commit point, which trainer and conductor share
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -80,5 +82,7 @@ def test_kinds_of_actors_never_import_each_other() -> None:
 )
 def test_torch_free_modules_load_no_torch(module: str) -> None:
     """The daemon, the job file's checks, env actors and the conductor start without torch."""
-    code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        f"import {module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

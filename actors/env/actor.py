@@ -7,8 +7,8 @@ turn's request is one item on the channel "requests":
     {"group", "attempt", "run_attempt", "turn", "version", "exact",
      "samples": [{"sample", "history": int32 [tokens so far], "observation"}]}
 
-and is acknowledged with a list of Action, None where the context has no room for another turn. The finished group goes to the
-trainer; when the trainer holds it the ticket is acknowledged.
+and is acknowledged with a list of Action, None where the context has no room for another turn. The finished group goes
+to the trainer; when the trainer holds it the ticket is acknowledged.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from sim.registry import make
 
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
@@ -27,6 +26,7 @@ from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.work import StageTimes
 from sim.contract import Environment
+from sim.registry import make
 
 
 @dataclass

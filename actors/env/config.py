@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from actors.config import Section
 
@@ -12,7 +12,7 @@ class EnvConfig(Section, frozen=True, kw_only=True):
 
     task: str
     """A registered task ("arithmetic", "gsm8k", "guess_number") or an import path "module:Class"."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the task."""
     actors: Annotated[int, Meta(ge=1)] = 2
     """Env actor processes."""
