@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 
 from actors.backends.contract import TrainingEngine
+from actors.conductor.manifest import FILE as MANIFEST_FILE
 from actors.conductor.manifest import (
     Manifest,
     checkpoint_dir,
@@ -52,8 +53,12 @@ def save(
     for version, tensors in (policies or {}).items():
         _write(directory / f"policy-{version}.safetensors", tensors)
     write_manifest(run_dir, manifest)
-    for old in sorted((run_dir / "checkpoints").glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    # Counted are commits alone: what a crash left without a manifest, of a later step perhaps, is no checkpoint.
+    directories = list((run_dir / "checkpoints").glob("step-*"))
+    kept = sorted(d for d in directories if (d / MANIFEST_FILE).exists())[-keep:]
+    for old in directories:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load(run_dir: Path, engine: TrainingEngine) -> Manifest:
