@@ -64,6 +64,7 @@ class TrainerActor(Actor):
         self.step = 0
         self.run_attempt = -1
         self.paused = False
+        self.accumulated = False  # the engine has gradients of the groups before the current chunk
         self.conductor: Introduce | None = None
         self.all_ranks = asyncio.Event()  # the leader knows every other rank
         if self.spec.num_ranks == 1:
@@ -141,6 +142,7 @@ class TrainerActor(Actor):
         if offload:
             await self.blocking(self.engine.offload)
             self.offloaded = True
+            self.accumulated = False  # gradients are not kept: the step begins again
         return self.engine.memory_bytes()
 
     # The leader.
@@ -222,7 +224,7 @@ class TrainerActor(Actor):
         began = time.monotonic()
         share_before = self.time.seconds()
         budget = self.config.trainer.micro_batch_tokens * self.spec.num_ranks
-        started = False
+        self.accumulated = False
         groups: list[Group] = []
         batch: list[Group] = []
         while True:
@@ -239,12 +241,12 @@ class TrainerActor(Actor):
             # Taking turns, the device is taken once the whole batch is there.
             if full and not self.lease.shared:
                 async with self._on_device():
-                    await self._accumulate(batch, begin=not started)
-                started, batch = True, []
+                    await self._accumulate(batch if self.accumulated else groups)
+                batch = []
         self.admitted.pop(self.step)
         # One stay on the device: an offload between the gradients and the update would forget the gradients.
         async with self._on_device():
-            await self._accumulate(batch, begin=not started)
+            await self._accumulate(batch if self.accumulated else groups)
             metrics = await self._finish_step(groups)
             self.step += 1
             finite = all(math.isfinite(metrics.get(k, 0.0)) for k in ("loss", "grad_norm"))
@@ -273,7 +275,8 @@ class TrainerActor(Actor):
             self._tell_committed()
         self.lease.idle()
 
-    async def _accumulate(self, batch: list[Group], *, begin: bool) -> None:
+    async def _accumulate(self, batch: list[Group]) -> None:
+        begin, self.accumulated = not self.accumulated, True
         shares = share_out(batch, self.spec.num_ranks)
         for rank, share in enumerate(shares):
             if rank:

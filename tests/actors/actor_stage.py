@@ -158,6 +158,18 @@ class Stage:
         self.life: asyncio.Task[int] | None = None
 
     @property
+    def introduction(self) -> Introduce:
+        """The actor itself, as flowd introduces it to others."""
+        spec = self.spec
+        return Introduce(
+            peer=spec.peer,
+            kind=spec.kind,
+            address=self.endpoint.address,
+            epoch=spec.epoch,
+            rank=spec.rank,
+        )
+
+    @property
     def actor(self) -> Any:
         assert self.host.actor is not None
         return self.host.actor
