@@ -46,7 +46,7 @@ def job_config(**sections: Any) -> JobConfig:
         "env": EnvConfig(
             **{"task": "arithmetic", "groups_per_actor": 2, **sections.pop("env", {})}
         ),
-        "model": TINY,
+        "model": sections.pop("model", TINY),
         "rollout": RolloutConfig(
             **{
                 "devices": 1,
