@@ -219,6 +219,7 @@ class FlowdDaemon:
             row.name, parse_resolved(row.config, row.name), msgspec.convert(saved, Plan)
         )
         job.state = row.state
+        job.metrics = _last_metrics(self.paths.run(row.name).metrics)
         self._jobs[row.name] = job
         job.adopt_leases()
         log.info("job=%s adopted actors=%d", row.name, len(rows))
@@ -241,6 +242,7 @@ class FlowdDaemon:
                 job.adopt(record, _ActorProcess(handle))
             else:
                 job.lost_while_away(record)
+        job.settle()
 
     async def _start_zygote(self) -> ZygoteClient:
         client = ZygoteClient(self._zygote_lost)
@@ -386,8 +388,7 @@ class FlowdDaemon:
         self._check_idle_name(job)
         config = parse_job(row.config, job)
         resumed = self._make_job(job, config, self._plan(config))
-        if current is not None:
-            resumed.metrics = current.metrics
+        resumed.metrics = _last_metrics(self.paths.run(job).metrics)
         await self._launch(resumed)
         return resumed.status()
 

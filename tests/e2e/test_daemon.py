@@ -16,6 +16,7 @@ def test_restarted_flowd_takes_running_actors_over(own_flowd: Flowd) -> None:
     wait_for(lambda: len(own_flowd.metrics("adopted")) > seen + 3, "steps without flowd")
     own_flowd.up()
     assert {actor["name"]: actor["pid"] for actor in own_flowd.actors("adopted")} == before
+    assert own_flowd.status("adopted")["step"] > seen
     own_flowd.wait_done("adopted")
     own_flowd.check_done("adopted", steps=STEPS)
     assert {line["attempt"] for line in own_flowd.metrics("adopted")} == {0}
@@ -39,8 +40,11 @@ def test_down_interrupts_a_job_and_resume_goes_on(own_flowd: Flowd) -> None:
     assert own_flowd.left_behind() == []
     own_flowd.up()
     assert own_flowd.status("stopped")["state"] == "interrupted"
+    step = own_flowd.status("stopped")["step"]
+    assert step >= 10
     done = own_flowd.ctl("resume", "stopped", "--follow")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("step="), "a line for each step"
     lines = own_flowd.check_done("stopped", steps=STEPS)
     assert {line["attempt"] for line in lines} == {0, 1}
 
