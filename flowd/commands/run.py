@@ -29,6 +29,12 @@ def run(args: argparse.Namespace) -> int:
             f"to run it on flowd: `flowctl submit {args.job_file} --follow`"
         )
     config = load_job(args.job_file, args.set)
+    if config.trainer.devices > 1:
+        # Ranks wait for each other inside a collective: on one loop the first would wait for ever.
+        raise RequestError(
+            f"[trainer] devices = {config.trainer.devices}: inline is one process, and one process is one rank; "
+            "use --set trainer.devices=1, or `flowctl submit` on a flowd"
+        )
     name = config.job.name
     paths = paths_of(args)
     run_paths = paths.run(name)

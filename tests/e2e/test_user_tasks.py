@@ -95,3 +95,11 @@ def test_breakpoint_of_a_task_opens_the_debugger_inline(own_flowd: Flowd) -> Non
     assert str(HERE / "tasks" / "e2e_tasks.py") in done.stdout
     assert 'job "debugged" done' in done.stderr
     own_flowd.audit("debugged")
+
+
+def test_inline_refuses_what_takes_several_processes(own_flowd: Flowd) -> None:
+    """Ranks of a training group would wait for each other for ever on one loop."""
+    done = own_flowd.ctl("run", "--inline", str(FAST), "--set", "trainer.devices=2")
+    assert done.returncode == 2
+    assert "[trainer] devices = 2" in done.stderr
+    assert not own_flowd.paths.runs.exists()
