@@ -61,7 +61,7 @@ class ActorHost:
         self._early: list[tuple[str, Message, Any]] = []
         self._unmet: dict[str, list[tuple[Message, Any]]] = {}
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
-        # Parking runs beside the actor's life; that it raised ends the actor all the same.
+        # Parking and handlers of messages run beside the actor's life; an error there ends it all the same.
         self._broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._incarnation = ""
         self._heartbeat_s = heartbeat_interval_s(spec.orphan_grace_s)
@@ -84,7 +84,7 @@ class ActorHost:
                 LeaseReleased(actor=actor, job=job, lease_epoch=epoch, memory_bytes=left)
             ),
             park=park,
-            failed=self._broken.set_result,
+            failed=self._break,
             follows=self.spec.rank > 0,
         )
 
@@ -132,7 +132,7 @@ class ActorHost:
         self.actor = cls(self.spec, self.endpoint, self._router, self.lease, inline=self.inline)
         early, self._early = self._early, []
         for sender, message, payload in early:
-            self._on_message(sender, message, payload)
+            self._dispatch(sender, message, payload)
         await self.actor.setup()
         self.ready = True
         self._tell(Ready(actor=self.spec.actor, job=self.spec.job, epoch=self.spec.epoch))
@@ -212,7 +212,17 @@ class ActorHost:
         except ChannelError as error:
             log.warning("flowd was not told %s: %s", type(message).__name__, error)
 
+    def _break(self, error: BaseException) -> None:
+        if not self._broken.done():
+            self._broken.set_result(error)
+
     def _on_message(self, sender: str, message: Message, payload: Any) -> None:
+        try:
+            self._dispatch(sender, message, payload)
+        except Exception as error:
+            self._break(error)  # the mailbox would log it, and the actor wait for what it missed
+
+    def _dispatch(self, sender: str, message: Message, payload: Any) -> None:
         if sender == FLOWD:
             self._heard = time.monotonic()
         match message:

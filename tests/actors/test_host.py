@@ -82,6 +82,11 @@ class FailsInLeave(Puppet):
         raise OSError("disk full")
 
 
+class FailsToListen(Puppet):
+    def on_message(self, sender: str, message: Message, payload: Any) -> None:
+        raise LookupError("no such group")
+
+
 class SlowSetup(Puppet):
     async def before_ready(self) -> None:
         await asyncio.Event().wait()
@@ -293,6 +298,21 @@ def test_failure_to_park_ends_the_actor(run: Run, tmp_path: Path) -> None:
             assert await own.life == EXIT_RAISED
             assert own.of(Failed)[0].error == "MemoryError: host memory is full"
             assert not own.of(LeaseReleased)
+
+    run(main)
+
+
+def test_failure_in_a_handler_ends_the_actor(run: Run, tmp_path: Path) -> None:
+    """What it should have learned is lost: going on would be waiting for it."""
+
+    async def main() -> None:
+        async with stage(tmp_path, "FailsToListen") as own:
+            await own.heard(Ready)
+            own.tell(JobEvent(job=JOB, kind="note", data={}))
+            own.tell(JobEvent(job=JOB, kind="note", data={}))
+            assert await own.life == EXIT_RAISED
+            (failed,) = own.of(Failed)
+            assert failed.error == "LookupError: no such group"
 
     run(main)
 
