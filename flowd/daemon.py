@@ -221,7 +221,6 @@ class FlowdDaemon:
         job.state = row.state
         job.metrics = _last_metrics(self.paths.run(row.name).metrics)
         self._jobs[row.name] = job
-        job.adopt_leases()
         log.info("job=%s adopted actors=%d", row.name, len(rows))
         for actor in rows:
             replica = actor.name.partition(".")[0]

@@ -189,6 +189,8 @@ class Job:
             self.places.cache_dir,
         ):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in self.places.run_dir.glob(".rendezvous-*"):
+            left.unlink()  # a resumed job counts epochs anew: its ranks would meet those of before
         for replica in self.plan.replicas:
             if replica.devices:
                 self._lease(replica)
@@ -196,7 +198,9 @@ class Job:
         records = [conductor, *(r for replica in self.plan.replicas for r in _records(replica))]
         for record in records:
             self.actors[record.name] = record
-        await self._spawn_all(records)
+        async with self._replacing:
+            await self._spawn_all(records)
+        self._refuse_when_ending("started")
         self._set_state("running")
 
     async def end(self, state: str, reason: str, error: str | None = None) -> None:
@@ -277,10 +281,19 @@ class Job:
         record.heard = time.monotonic()
         record.welcomed = False
         python = getattr(getattr(self.config, record.kind, None), "python", None)
-        record.process = await self._spawn(self._spec(record), python)
+        process = await self._spawn(self._spec(record), python)
+        record.process = process
+        if self._ending is not None:
+            process.kill()  # whoever ended the job meanwhile did not see it
+            record.state = "gone"
+            return
         record.heard = time.monotonic()  # the fork server may still have been importing
-        record.watcher = self._task(self._watch(record, record.process), f"watch-{record.name}")
+        record.watcher = self._task(self._watch(record, process), f"watch-{record.name}")
         self._actor_changed(record)
+
+    def _refuse_when_ending(self, what: str) -> None:
+        if self._ending is not None:
+            raise FlowdError(f'job "{self.name}" ended while it was being {what}: {self.reason}')
 
     def _spec(self, record: ActorRecord) -> ActorSpec:
         device = self.devices[record.devices[0]] if record.devices else None
@@ -328,12 +341,45 @@ class Job:
         self.actors[record.name] = record
         self._task(self._gone(record, "gone while no flowd was there"), f"gone-{record.name}")
 
-    def adopt_leases(self) -> None:
-        """Hook the replicas of a restored lease table up to their actors."""
+    def settle(self) -> None:
+        """After adoption: hook replicas up to their leases, and go on with a scale that the earlier flowd had begun.
+
+        The plan is saved before any of it is done: what runs beyond the plan leaves, what is missing starts.
+        """
+        if self.state == "starting":
+            self._set_state("running")
+        planned = {replica.id for replica in self.plan.replicas}
+        there = {record.replica for record in self.actors.values()}
+        leaving = [
+            r for r in self.actors.values() if r.kind != "conductor" and r.replica not in planned
+        ]
+        missing = [replica for replica in self.plan.replicas if replica.id not in there]
         for replica in self.plan.replicas:
-            if replica.devices:
+            if replica.devices and replica.id in there:
                 known = self.leases.table.lease(self._lease_name(replica.id)) is not None
                 self._lease(replica, known=known)
+        for lease in list(self.leases.table):
+            name, _, left = lease.replica.partition("/")
+            if name != self.name or left in planned:
+                continue
+            if left in there:
+                stage = next(r.kind for r in leaving if r.replica == left)
+                self._lease(
+                    Replica(id=left, stage=stage, index=0, devices=lease.devices), known=True
+                )
+            else:
+                self.leases.remove(lease.replica)
+        if leaving or missing:
+            self._task(self._settle(leaving, missing), "settle")
+
+    async def _settle(self, leaving: list[ActorRecord], missing: list[Replica]) -> None:
+        async with self._scaling:
+            await self._all_events([self.actors["conductor"].ready_event], FIRST_OUTPUT_S)
+            started, _ = await self._exchange(leaving, missing, "a scale that was begun goes on")
+        self._emit(
+            "scale",
+            {"started": [r.name for r in started], "stopped": [r.name for r in leaving]},
+        )
 
     def _welcome(self, record: ActorRecord) -> None:
         if record.address:
@@ -389,6 +435,8 @@ class Job:
         async with self._replacing:
             if record.process is not dead or self._ending is not None:
                 return  # replaced together with another one that was lost
+            if self.actors.get(record.name) is not record:
+                return  # it was to leave anyway
             try:
                 await self._replace_now(record, how)
             except* FlowdError as errors:
@@ -423,6 +471,10 @@ class Job:
             again = [r for r in self.actors.values() if r.replica == record.replica]
             victims = [r for r in again if r.state != "gone"]
         await self._kill(victims)
+        if record.kind == "conductor" and self._handed_over is not None:
+            # The trainer was killed as well: there is nothing left to hand over.
+            if not self._handed_over.done():
+                self._handed_over.set_result(None)
         replaced = {r.replica for r in again}
         for replica in self.plan.replicas:
             if replica.devices and replica.id in replaced:
@@ -599,23 +651,12 @@ class Job:
             self.devices[device.id] = device
         leaving = [r for r in self.actors.values() if r.replica in decision.stop]
         self.plan = decision.plan
-        # What needs no device of those that leave starts while they drain.
-        held = {device for record in leaving for device in record.devices}
-        early = [r for r in decision.start if not held & set(r.devices) and r.stage != "trainer"]
-        started = await self._start_replicas(early)
-        if any(record.kind == "trainer" for record in leaving):
-            await self._hand_over(next(r.replica for r in leaving if r.kind == "trainer"))
-        await self._stop(leaving, f"scale {stage}={change}")
-        for replica in {record.replica for record in leaving if record.devices}:
-            self.leases.remove(self._lease_name(replica))
-        for record in leaving:
-            self.actors.pop(record.name, None)
-        drained = time.monotonic()
-        started += await self._start_replicas([r for r in decision.start if r not in early])
+        started, drained = await self._exchange(leaving, decision.start, f"scale {stage}={change}")
         await self._all_events([r.ready_event for r in started], FIRST_OUTPUT_S)
         ready = time.monotonic()
         delivered = await self._all_events([r.output_event for r in started], FIRST_OUTPUT_S)
         done = time.monotonic()
+        self._refuse_when_ending("scaled")
         self._on_change(self)
         result = {
             "seconds_total": round(done - began, 4),
@@ -628,19 +669,48 @@ class Job:
         self._emit("scale", {"stage": stage, "change": change, **result})
         return result
 
+    async def _exchange(
+        self, leaving: list[ActorRecord], start: Iterable[Replica], why: str
+    ) -> tuple[list[ActorRecord], float]:
+        """Stop some, start others. Returns those started, and when the others were gone (monotonic)."""
+        # What needs no device of those that leave starts while they drain.
+        held = {device for record in leaving for device in record.devices}
+        early = [r for r in start if not held & set(r.devices) and r.stage != "trainer"]
+        started = await self._start_replicas(early)
+        if any(record.kind == "trainer" for record in leaving):
+            await self._hand_over(next(r.replica for r in leaving if r.kind == "trainer"))
+        async with self._replacing:  # one that is being restarted can be stopped once it is there
+            await self._stop([r for r in leaving if r.state != "gone"], why)
+            for replica in {record.replica for record in leaving if record.devices}:
+                self.leases.remove(self._lease_name(replica))
+            for record in leaving:
+                self.actors.pop(record.name, None)
+        drained = time.monotonic()
+        started += await self._start_replicas([r for r in start if r not in early])
+        return started, drained
+
     async def _start_replicas(self, replicas: list[Replica]) -> list[ActorRecord]:
         records = []
-        for replica in replicas:
-            if replica.devices:
-                self._lease(replica)
-            for record in _records(replica):
-                self.actors[record.name] = record
-                records.append(record)
-        await self._spawn_all(records)
+        async with self._replacing:
+            self._refuse_when_ending("scaled")
+            for replica in replicas:
+                if replica.devices:
+                    self._lease(replica)
+                for record in _records(replica):
+                    self.actors[record.name] = record
+                    records.append(record)
+            await self._spawn_all(records)
+            if self._ending is not None:
+                for replica in replicas:
+                    if replica.devices:
+                        self.leases.remove(self._lease_name(replica.id))
+            self._refuse_when_ending("scaled")
         return records
 
     async def _hand_over(self, replica: str) -> None:
         """Have the trainer commit at a step boundary."""
+        if self.actors["conductor"].state != "ready":
+            return  # without one nothing is trained: the last commit is where it stands
         self._handed_over = asyncio.get_running_loop().create_future()
         self._send(self.actors["conductor"], HandOver(replica=replica))
         ended: asyncio.Future[Any] = asyncio.create_task(self.ended.wait())

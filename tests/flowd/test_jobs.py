@@ -1,0 +1,269 @@
+"""A job among fake processes: what an end, a restart and a scale do to each other when they meet."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from channels.endpoint import InlineHub
+from channels.lifecycle import ActorSpec, HandOver, Hello, Ready, Stop
+from channels.messages import Message
+from flowd.devices import inventory
+from flowd.errors import FlowdError
+from flowd.job import parse_job
+from flowd.jobs import ActorRecord, Job, JobPlaces, Process
+from flowd.leases import LeaseTable
+from flowd.leasing import LeaseShell
+from flowd.planner import Plan, plan
+
+CONFIG = parse_job(
+    '[job]\nname = "toy"\nsteps = 9\n[env]\ntask = "arithmetic"\n[model]\nhidden_size = 32\n', "toy"
+)
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def guarded() -> None:
+        async with asyncio.timeout(20.0):
+            await main()
+
+    asyncio.run(guarded())
+
+
+class Actor:
+    """A process that says hello and ready, and leaves when it is told to stop."""
+
+    def __init__(self, node: "Node", spec: ActorSpec) -> None:
+        self.pid = 1000 + len(node.started)
+        self.exited: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.spec = spec
+        self.told: list[Message] = []
+        self._endpoint = node.hub.endpoint(spec.peer)
+        self._endpoint.on_message = self._on_message
+        self._endpoint.connect("flowd", spec.flowd_address)
+        who: dict[str, Any] = {"actor": spec.actor, "job": spec.job, "epoch": spec.epoch}
+        hello = Hello(
+            **who,
+            pid=self.pid,
+            address=self._endpoint.address,
+            ready=False,
+            holding=False,
+            lease_epoch=0,
+        )
+        self._endpoint.send("flowd", hello)
+        self._endpoint.send("flowd", Ready(**who))
+
+    def kill(self) -> None:
+        self._exit("killed")
+
+    def _exit(self, how: str) -> None:
+        if not self.exited.done():
+            self._endpoint.close()
+            self.exited.set_result(how)
+
+    def _on_message(self, sender: str, message: Message, payload: Any) -> None:
+        self.told.append(message)
+        if isinstance(message, Stop):
+            self._exit("stopped")
+
+
+class Node:
+    """What a job needs around it. gate: spawns wait for it."""
+
+    def __init__(self, run_dir: Path, made: Plan | None = None) -> None:
+        self.hub = InlineHub()
+        self.started: list[Actor] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.waiting = asyncio.Event()  # a spawn waits at the gate
+        self.endpoint = self.hub.endpoint("flowd")
+        self.endpoint.on_message = self._receive
+        self.devices = inventory("cpu:8@1GiB")
+        self.leases = LeaseShell(LeaseTable({d.id: d.memory_bytes for d in self.devices}))
+        self.job = Job(
+            "toy",
+            CONFIG,
+            made or plan(CONFIG, self.devices),
+            self.devices,
+            endpoint=self.endpoint,
+            leases=self.leases,
+            spawn=self._spawn,
+            places=JobPlaces(
+                run_dir=run_dir,
+                socket_dir=run_dir,
+                weights_dir=run_dir / "weights",
+                cache_dir=run_dir / "cache",
+            ),
+            node="here",
+            incarnation="first",
+            emit=lambda kind, data: None,
+            on_end=lambda job: None,
+        )
+
+    async def _spawn(self, spec: ActorSpec, python: str | None) -> Process:
+        if not self.gate.is_set():
+            self.waiting.set()
+            await self.gate.wait()
+        actor = Actor(self, spec)
+        self.started.append(actor)
+        return actor
+
+    def _receive(self, sender: str, message: Message, payload: Any) -> None:
+        self.job.receive(sender.rpartition("/")[2], message)
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        """Let the loop turn; everything in it is a message or a task of this process."""
+        for _ in range(10_000):
+            if reached():
+                return
+            await asyncio.sleep(0)
+        raise AssertionError(f"never reached; alive: {self.alive()}")
+
+    async def all_ready(self) -> None:
+        await asyncio.gather(*(r.ready_event.wait() for r in self.job.actors.values()))
+
+    def alive(self) -> list[str]:
+        return sorted(actor.spec.actor for actor in self.started if not actor.exited.done())
+
+    def leases_held(self) -> list[str]:
+        return sorted(lease.replica for lease in self.leases.table)
+
+    def idle(self) -> list[Any]:
+        used = self.job.plan.devices()
+        return [device for device in self.devices if device.id not in used]
+
+
+def test_a_job_that_is_ended_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
+    """The first fork server imports torch for seconds, and a user changes their mind."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        node.gate.clear()
+        starting = asyncio.create_task(node.job.start())
+        await node.waiting.wait()
+        await node.job.end("cancelled", "cancelled by the user")
+        node.gate.set()
+        with pytest.raises(FlowdError, match="ended while it was being started: cancelled by"):
+            await starting
+        assert node.started
+        assert node.alive() == node.leases_held() == []
+        assert node.job.state == "cancelled"
+
+    run(main)
+
+
+def test_a_job_that_ends_while_it_is_scaled_leaves_nothing(tmp_path: Path) -> None:
+    """What the scale was about to start has no job any more."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        await node.job.start()
+        await node.all_ready()
+        node.gate.clear()
+        scaling = asyncio.create_task(node.job.scale("rollout", "+2", node.idle(), None))
+        await node.waiting.wait()
+        await node.job.end("done", "all steps were trained")
+        node.gate.set()
+        with pytest.raises(FlowdError, match="ended while it was being scaled: all steps"):
+            await scaling
+        assert node.alive() == node.leases_held() == []
+
+    run(main)
+
+
+def test_an_actor_that_is_restarted_can_be_scaled_away(tmp_path: Path) -> None:
+    """The restart comes to its end first: the new process is stopped as well."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        await node.job.start()
+        await node.all_ready()
+        node.gate.clear()
+        next(a for a in node.started if a.spec.actor == "rollout-1").kill()
+        await node.waiting.wait()
+        scaling = asyncio.create_task(node.job.scale("rollout", "-1", node.idle(), None))
+        await asyncio.sleep(0)
+        node.gate.set()
+        done = await scaling
+        assert done["stopped"] == ["rollout-1"]
+        assert [a.spec.actor for a in node.started].count("rollout-1") == 2
+        assert "rollout-1" not in node.alive()
+        assert "toy/rollout-1" not in node.leases_held()
+        await node.job.end("cancelled", "over")
+        assert node.alive() == []
+
+    run(main)
+
+
+def test_the_loss_of_the_conductor_hands_the_trainer_over(tmp_path: Path) -> None:
+    """It was asked and will never answer: all actors go back to the last commit anyway."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        await node.job.start()
+        await node.all_ready()
+        (conductor,) = [a for a in node.started if a.spec.kind == "conductor"]
+        scaling = asyncio.create_task(node.job.scale("trainer", "+1", node.idle(), None))
+        await node.until(lambda: any(isinstance(m, HandOver) for m in conductor.told))
+        conductor.kill()
+        await node.until(lambda: "trainer-1.1" in node.alive())
+        assert "trainer-0" not in node.alive()
+        await node.job.end("cancelled", "over")
+        with pytest.raises(FlowdError, match="ended while it was being scaled"):
+            await scaling
+        assert node.alive() == node.leases_held() == []
+
+    run(main)
+
+
+def test_a_scale_that_a_killed_flowd_had_begun_goes_on(tmp_path: Path) -> None:
+    """The saved plan says what was to be; actors beyond it leave, those that miss are started."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        whole = node.job.plan
+        await node.job.start()
+        await node.all_ready()
+        gone, kept = [r for r in whole.replicas if r.stage == "rollout"]
+        new = replace(kept, id="rollout-2", index=2)
+        others = [r for r in whole.replicas if r.stage != "rollout"]
+        node.job.detach()
+        before = node.job
+        node.job = Node(tmp_path, replace(whole, replicas=(*others, gone, new))).job
+        node.job.endpoint, node.job.leases = node.endpoint, node.leases
+        node.job._spawn = node._spawn
+        node.job.state = "starting"
+        for old in before.actors.values():
+            fresh = ActorRecord(
+                old.name, old.kind, old.replica, old.rank, old.num_ranks, old.devices
+            )
+            fresh.address = old.address
+            assert old.process is not None
+            node.job.adopt(fresh, old.process)
+        node.job.settle()
+        assert node.job.state == "running"
+        node.job._ready(node.job.actors["conductor"])
+        await node.until(lambda: "rollout-2" in node.alive())
+        assert kept.id not in node.alive()
+        assert f"toy/{kept.id}" not in node.leases_held()
+        assert "toy/rollout-2" in node.leases_held()
+        await node.job.end("cancelled", "over")
+        assert node.alive() == []
+
+    run(main)
+
+
+def test_a_resumed_job_forgets_where_ranks_met(tmp_path: Path) -> None:
+    """Epochs count anew: a trainer of several ranks would find the addresses of ranks long dead."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        await node.job.start()
+        await node.job.end("cancelled", "over")
+
+    left = tmp_path / ".rendezvous-trainer-0.0"
+    left.write_bytes(b"old")
+    run(main)
+    assert not left.exists()
