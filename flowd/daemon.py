@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from flowd.processes import (
     process_start_time,
 )
 from flowd.runs import unknown_job
-from flowd.store import ActorRow, JobRow, Store
+from flowd.store import ActorRow, JobRow, Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,8 @@ class FlowdDaemon:
 
     def _save_leases(self) -> None:
         if self._store is not None:
-            self._store.put_document("leases", self._leases.table.snapshot())
+            with _noting():
+                self._store.put_document("leases", self._leases.table.snapshot())
 
     async def _recover(self) -> None:
         """Adopt the actors of a flowd that was killed, or note that its jobs were interrupted."""
@@ -342,7 +343,13 @@ class FlowdDaemon:
     async def submit(self, name: str, config: JobConfig, toml_text: str) -> dict[str, Any]:
         """Start a job; returns its status at once."""
         assert self._store is not None
-        if self._store.job(name) is not None or (self.paths.runs / name).exists():
+        run_dir = self.paths.run(name).root
+        if self._store.job(name) is None and run_dir.exists():
+            raise RequestError(
+                f'job "{name}" exists already: {run_dir} is of a run that this flowd does not know; '
+                f"move it away, or give this job another name with --set job.name={name}-2"
+            )
+        if self._store.job(name) is not None:
             raise RequestError(
                 f'job "{name}" exists already: `flowctl resume {name}` goes on with it, or give this one '
                 f"another name with --set job.name={name}-2"
@@ -448,7 +455,7 @@ class FlowdDaemon:
         """What another flowd needs to adopt the job."""
         if self._store is None:
             return
-        with self._store.transaction():
+        with _noting(), self._store.transaction():
             self._store.set_job(job.name, state=job.state, error=job.summary()["error"])
             self._store.put_document(f"plan/{job.name}", asdict(job.plan))
             known = {row.name for row in self._store.actors(job.name)}
@@ -586,7 +593,8 @@ class FlowdDaemon:
         """Tell followers, and keep what is worth keeping."""
         now = time.time()
         if self._store is not None and kind not in UNIMPORTANT:
-            self._store.add_event(now, kind, job=job, actor=data.get("actor"), data=data)
+            with _noting():
+                self._store.add_event(now, kind, job=job, actor=data.get("actor"), data=data)
         if kind not in ("actor", "step", "warmup"):
             line = json.dumps({"time": round(now, 3), "kind": kind, **data})
             with contextlib.suppress(OSError), self.paths.run(job).events.open("a") as file:
@@ -627,6 +635,15 @@ class _ActorProcess:
     def kill(self) -> None:
         with contextlib.suppress(ZygoteLost):  # then it is dead already
             self._handle.signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _noting() -> Iterator[None]:
+    """A full disk must not keep flowd from restarting, ending and stopping what it runs."""
+    try:
+        yield
+    except StoreError as error:
+        log.error("state was not saved: %s", error)
 
 
 async def _value(client: ZygoteClient) -> ZygoteClient:
