@@ -30,11 +30,21 @@ def state_directory() -> Iterator[Flowd]:
 
 
 @pytest.fixture(scope="session")
-def flowd() -> Iterator[Flowd]:
-    """A flowd with 12 virtual devices that tests share: each has its own jobs, and ends them."""
+def shared_flowd() -> Iterator[Flowd]:
+    """One state directory for the session."""
     with state_directory() as shared:
-        shared.up()
         yield shared
+
+
+@pytest.fixture
+def flowd(shared_flowd: Flowd) -> Flowd:
+    """A flowd with 12 virtual devices that tests share: each has its own jobs, and ends them.
+
+    A test may stop or kill it: the next one finds it up.
+    """
+    if not shared_flowd.is_up():
+        shared_flowd.up()
+    return shared_flowd
 
 
 @pytest.fixture

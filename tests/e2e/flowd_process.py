@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flowd import lockfile
 from flowd.client import ControlClient
 from flowd.control import ENDED
-from flowd.errors import NoDaemon
 from flowd.job import dump_job, load_job
 from flowd.linux import alive, process_start_time
 from flowd.paths import RunPaths, StatePaths
@@ -176,19 +176,15 @@ class Flowd:
     def close(self) -> None:
         """Stop flowd, if it runs; afterwards nothing may be left."""
         try:
-            self.down_if_up()
+            if self.is_up():
+                self.down()
             assert self.left_behind() == []
         finally:
             for pid in self.processes():
                 os.kill(pid, signal.SIGKILL)
 
-    def down_if_up(self) -> None:
-        try:
-            with ControlClient(self.paths):
-                pass
-        except NoDaemon:
-            return
-        self.down()
+    def is_up(self) -> bool:
+        return lockfile.holder(self.paths.lock) is not None
 
 
 def environment() -> dict[str, str]:

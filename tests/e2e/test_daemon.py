@@ -5,47 +5,45 @@ from flowd_process import Flowd, wait_for
 STEPS = 80
 
 
-def test_restarted_flowd_takes_running_actors_over(own_flowd: Flowd) -> None:
+def test_restarted_flowd_takes_running_actors_over(flowd: Flowd) -> None:
     """Actors work on while flowd is gone; the next one finds the same processes, and nothing is taken back."""
-    own_flowd.up()
-    own_flowd.submit("adopted", f"job.steps={STEPS}")
-    own_flowd.wait_step("adopted", 10)
-    before = {actor["name"]: actor["pid"] for actor in own_flowd.actors("adopted")}
-    own_flowd.kill()
-    seen = len(own_flowd.metrics("adopted"))
-    wait_for(lambda: len(own_flowd.metrics("adopted")) > seen + 3, "steps without flowd")
-    own_flowd.up()
-    assert {actor["name"]: actor["pid"] for actor in own_flowd.actors("adopted")} == before
-    assert own_flowd.status("adopted")["step"] > seen
-    own_flowd.wait_done("adopted")
-    own_flowd.check_done("adopted", steps=STEPS)
-    assert {line["attempt"] for line in own_flowd.metrics("adopted")} == {0}
+    flowd.submit("adopted", f"job.steps={STEPS}")
+    flowd.wait_step("adopted", 10)
+    before = {actor["name"]: actor["pid"] for actor in flowd.actors("adopted")}
+    flowd.kill()
+    seen = len(flowd.metrics("adopted"))
+    wait_for(lambda: len(flowd.metrics("adopted")) > seen + 3, "steps without flowd")
+    flowd.up()
+    assert {actor["name"]: actor["pid"] for actor in flowd.actors("adopted")} == before
+    assert flowd.status("adopted")["step"] > seen
+    flowd.wait_done("adopted")
+    flowd.check_done("adopted", steps=STEPS)
+    assert {line["attempt"] for line in flowd.metrics("adopted")} == {0}
 
     # A job that ends while no flowd is there is found to be done.
-    own_flowd.submit("unseen", "job.steps=30")
-    own_flowd.wait_step("unseen", 5)
-    own_flowd.kill()
-    wait_for(lambda: len(own_flowd.metrics("unseen")) == 30, "the job to end without flowd")
-    own_flowd.up()
-    own_flowd.wait_done("unseen")
-    own_flowd.check_done("unseen", steps=30)
+    flowd.submit("unseen", "job.steps=30")
+    flowd.wait_step("unseen", 5)
+    flowd.kill()
+    wait_for(lambda: len(flowd.metrics("unseen")) == 30, "the job to end without flowd")
+    flowd.up()
+    flowd.wait_done("unseen")
+    flowd.check_done("unseen", steps=30)
 
 
-def test_down_interrupts_a_job_and_resume_goes_on(own_flowd: Flowd) -> None:
+def test_down_interrupts_a_job_and_resume_goes_on(flowd: Flowd) -> None:
     """After `flowd down` nothing runs; the next flowd resumes from the last commit."""
-    own_flowd.up()
-    own_flowd.submit("stopped", f"job.steps={STEPS}")
-    own_flowd.wait_step("stopped", 10)
-    own_flowd.down()
-    assert own_flowd.left_behind() == []
-    own_flowd.up()
-    assert own_flowd.status("stopped")["state"] == "interrupted"
-    step = own_flowd.status("stopped")["step"]
+    flowd.submit("stopped", f"job.steps={STEPS}")
+    flowd.wait_step("stopped", 10)
+    flowd.down()
+    assert flowd.left_behind() == []
+    flowd.up()
+    assert flowd.status("stopped")["state"] == "interrupted"
+    step = flowd.status("stopped")["step"]
     assert step >= 10
-    done = own_flowd.ctl("resume", "stopped", "--follow")
+    done = flowd.ctl("resume", "stopped", "--follow")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("step="), "a line for each step"
-    lines = own_flowd.check_done("stopped", steps=STEPS)
+    lines = flowd.check_done("stopped", steps=STEPS)
     assert {line["attempt"] for line in lines} == {0, 1}
 
 
