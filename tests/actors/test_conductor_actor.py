@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 from actor_stage import JOB, Peer, Stage, job_config
 
-from actors.conductor.ledger import audit
+from actors.conductor.ledger import Ledger, audit
 from actors.conductor.manifest import Manifest, write_manifest
+from actors.host import ActorHost
 from actors.job_config import JobConfig
 from channels.channel import Consumer, Item
 from channels.lifecycle import HandedOver, HandOver, JobEvent, JobFinished
@@ -602,6 +604,40 @@ def test_no_step_for_too_long_fails_the_job(run: Run, tmp_path: Path) -> None:
             finished = await waiting
             assert finished.state == "failed"
             assert finished.reason.startswith("no trainer step for 0.05 s (guards.no_progress_s)")
+
+    run(main)
+
+
+def test_ends_while_a_commit_is_being_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a worker thread, as in a process of its own: the ledger's last changes follow what it is busy with."""
+    writing, may_go_on = threading.Event(), threading.Event()
+    commit = Ledger.commit
+
+    def slow_commit(ledger: Ledger, step: int, policy_version: int) -> None:
+        with ledger._transaction():
+            writing.set()
+            assert may_go_on.wait(20.0)
+        commit(ledger, step, policy_version)
+
+    monkeypatch.setattr(Ledger, "commit", slow_commit)
+
+    async def main() -> None:
+        play = Play(tmp_path, conductor_config(guards={"no_progress_s": 0.2}))
+        play.stage.host = ActorHost(play.stage.spec, play.stage.endpoint, inline=False)
+        async with play:
+            await play.trainer_comes()
+            await play.whole_step()
+            await asyncio.to_thread(writing.wait, 20.0)
+            await play.stage.actor.ended
+            for _ in range(20):  # it would go on at once, were it not for the worker
+                await asyncio.sleep(0)
+            assert not play.stage.of(JobFinished)
+            may_go_on.set()
+            assert (await play.stage.heard(JobFinished)).state == "failed"
+            assert await play.stage.life == 0
+            assert audit(tmp_path, finished=True).ok
 
     run(main)
 
