@@ -138,6 +138,7 @@ class FlowdDaemon:
         self._store: Store | None = None
         self._signals = 0
         self._submitting: set[str] = set()
+        self._same_devices = False  # as the last flowd had
 
     # Start and end.
 
@@ -163,7 +164,8 @@ class FlowdDaemon:
         budgets = {device.id: device.memory_bytes for device in self._devices}
         assert self._store is not None
         saved = self._store.document("leases")
-        if saved is not None and saved.get("budgets") == budgets:
+        self._same_devices = saved is not None and saved.get("budgets") == budgets
+        if saved is not None and self._same_devices:
             return LeaseTable.restore(saved, time.monotonic())
         return LeaseTable(budgets)
 
@@ -182,6 +184,10 @@ class FlowdDaemon:
             with contextlib.suppress(ZygoteLost):
                 found = await client.adopt(self.paths.sockets / SOCKET_NAME)
                 handles = {handle.pid: handle for handle in found}
+        why = "flowd was gone for longer than the actors' grace"
+        if handles and not self._same_devices:
+            handles = {}  # they compute on devices, under leases, that are not there any more
+            why = "flowd was started again with other devices"
         if handles:
             self._zygote = self._task(_value(client), "zygote")
         else:
@@ -199,8 +205,7 @@ class FlowdDaemon:
                 self._store.set_job(
                     row.name,
                     state="interrupted",
-                    error=f"flowd was gone for longer than the actors' grace; `flowctl resume {row.name}` "
-                    "goes on from the last commit",
+                    error=f"{why}; `flowctl resume {row.name}` goes on from the last commit",
                 )
         for lease in list(self._leases.table):
             if lease.replica.partition("/")[0] not in names:

@@ -30,6 +30,23 @@ def test_restarted_flowd_takes_running_actors_over(flowd: Flowd) -> None:
     flowd.check_done("unseen", steps=30)
 
 
+def test_flowd_with_other_devices_takes_no_actors_over(own_flowd: Flowd) -> None:
+    """Actors hold leases on devices that this flowd does not have: they are stopped, the job can be resumed."""
+    own_flowd.up()
+    own_flowd.submit("moved", "job.steps=100000")
+    own_flowd.wait_step("moved", 3)
+    pids = {actor["pid"] for actor in own_flowd.actors("moved")}
+    own_flowd.kill()
+    own_flowd.up(devices="cpu:6")
+    assert not pids & own_flowd.processes().keys()
+    status = own_flowd.status("moved")
+    assert status["state"] == "interrupted"
+    assert "with other devices" in status["error"]
+    assert own_flowd.ctl("resume", "moved").returncode == 0
+    own_flowd.wait_step("moved", status["step"] + 3)
+    assert own_flowd.ctl("cancel", "moved").returncode == 0
+
+
 def test_down_interrupts_a_job_and_resume_goes_on(flowd: Flowd) -> None:
     """After `flowd down` nothing runs; the next flowd resumes from the last commit."""
     flowd.submit("stopped", f"job.steps={STEPS}")
