@@ -12,8 +12,7 @@ to the trainer; when the trainer holds it the ticket is acknowledged.
 """
 
 import asyncio
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +60,19 @@ class Episode:
         )
 
 
+Function = Callable[[Sequence[int], Sequence[Any]], list[Any]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the environment that waits for its turn."""
+
+    function: Function
+    slots: Sequence[int]
+    values: Sequence[Any]
+    results: asyncio.Future[list[Any]]
+
+
 class EnvActor(Actor):
     """See the module docstring."""
 
@@ -74,7 +86,8 @@ class EnvActor(Actor):
         )
         self.free = list(range(num_slots))
         self.playing = 0
-        self.stepping = 0
+        self.stepping = False
+        self.calls: asyncio.Queue[Call] = asyncio.Queue()
         self.step_seen = -1
         self.tickets = self.router.consumer("tickets", capacity=num_groups)
         self.requests = self.router.producer("requests", bound=num_groups, epoch=self.spec.epoch)
@@ -84,6 +97,7 @@ class EnvActor(Actor):
     async def run(self) -> None:
         """Play every ticket that comes, several at a time."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._call_environment())
             while True:
                 item = await self.tickets.get()
                 tasks.create_task(self._attend(item), name=f"group-{item.payload['group']}")
@@ -202,16 +216,48 @@ class EnvActor(Actor):
             episode.info.update(result.info)
             episode.terminated, episode.truncated = result.terminated, result.truncated
 
-    async def _step(self, function: Any, slots: Sequence[int], values: Sequence[Any]) -> Any:
-        self.stepping += 1
-        self._account()
-        began = time.time()
-        try:
-            return await self.blocking(function, slots, values)
-        finally:
-            self.spans.add(function.__name__, began, time.time() - began, episodes=len(slots))
-            self.stepping -= 1
+    async def _step(self, function: Function, slots: Sequence[int], values: Sequence[Any]) -> Any:
+        """Have the environment called for these slots."""
+        results: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self.calls.put_nowait(Call(function, slots, values, results))
+        return await results
+
+    async def _call_environment(self) -> None:
+        """Make one call of what waits: groups that come together share the way to the worker and back, and a
+        simulator steps them as one batch.
+        """
+        while True:
+            calls = [await self.calls.get()]
+            while not self.calls.empty():
+                calls.append(self.calls.get_nowait())
+            # A group that was cancelled meanwhile has given its slots back.
+            calls = [call for call in calls if not call.results.done()]
+            self.stepping = True
             self._account()
+            for function in (self.env.step, self.env.reset):
+                await self._call_together([call for call in calls if call.function == function])
+            self.stepping = False
+            self._account()
+
+    async def _call_together(self, calls: Sequence[Call]) -> None:
+        if not calls:
+            return
+        slots = [slot for call in calls for slot in call.slots]
+        values = [value for call in calls for value in call.values]
+        try:
+            results = await self.blocking(calls[0].function, slots, values)
+        except Exception as error:  # each of the groups fails with it, and with them the actor
+            for call in calls:
+                if not call.results.done():
+                    call.results.set_exception(error)
+                    call.results.exception()  # the first group to fail may end the others unheard
+            return
+        start = 0
+        for call in calls:
+            end = start + len(call.slots)
+            if not call.results.done():
+                call.results.set_result(results[start:end])
+            start = end
 
     def _account(self) -> None:
         state = "work" if self.stepping else "wait_rollout" if self.playing else "wait_tickets"

@@ -256,6 +256,29 @@ def test_groups_are_played_side_by_side_in_slots_of_their_own(run: Run, tmp_path
     run(main)
 
 
+def test_groups_that_come_together_are_one_call(run: Run, tmp_path: Path) -> None:
+    """The environment is called once for all that waits, and each group gets what is its own."""
+
+    async def main() -> None:
+        async with Play(tmp_path, env_config()) as play:
+            actor, env = play.stage.actor, play.env
+            first, second = await asyncio.gather(
+                actor._step(env.reset, [1, 0], [7, 8]), actor._step(env.reset, [3], [9])
+            )
+            assert env.log == [("reset", (1, 0, 3), (7, 8, 9))]
+            assert (first, second) == ([say("seed 7"), say("seed 8")], [say("seed 9")])
+            given_up = asyncio.create_task(actor._step(env.step, [1], ["end"]))
+            stepped = asyncio.create_task(actor._step(env.step, [3], ["cut"]))
+            again = asyncio.create_task(actor._step(env.reset, [0], [6]))
+            await asyncio.sleep(0)  # they have asked
+            given_up.cancel()
+            assert [result.truncated for result in await stepped] == [True]
+            assert await again == [say("seed 6")]
+            assert env.log[1:] == [("step", (3,), ("cut",)), ("reset", (0,), (6,))]
+
+    run(main)
+
+
 def test_urgent_steps_go_first(run: Run, tmp_path: Path) -> None:
     """Requests and groups carry their step: the next one to be trained overtakes."""
 
