@@ -32,6 +32,7 @@ from channels.work import StageTimes
 
 KEY_OF_SAMPLE = 2  # purpose of the key that a turn's draws come from
 ADVANCE_S = 0.05  # engine steps between two looks at the mailbox
+GATHER_S = 0.002  # an idle engine starts once no request has come for so long
 PREFETCH = (
     1.25  # requests held beyond what the engine can run, so that it never waits for a round trip
 )
@@ -90,8 +91,9 @@ class RolloutActor(Actor):
         self.weights = WeightsDirectory(
             Path(self.spec.weights_dir), keep=self.config.job.max_staleness + 2
         )
-        per_item = max(1, config.max_running // config.group_size)
-        self.requests = self.router.consumer("requests", capacity=max(2, int(per_item * PREFETCH)))
+        self.at_a_time = max(1, config.max_running // config.group_size)  # requests
+        capacity = max(2, int(self.at_a_time * PREFETCH))
+        self.requests = self.router.consumer("requests", capacity=capacity)
         self.model, self.policy, self.pad_token = await self.blocking(self._build)
 
     def _build(self) -> tuple[Any, Policy, int]:
@@ -185,6 +187,7 @@ class RolloutActor(Actor):
                 self.lease.idle()
                 with self.time.measure("wait_weights" if self.pending else "wait_requests"):
                     await self.wake.wait()
+                    await self._gather()
                 continue
             with self.time.measure("wait_lease"):
                 await self.lease.__aenter__()
@@ -196,6 +199,15 @@ class RolloutActor(Actor):
                 await self._compute(version)
             finally:
                 await self.lease.__aexit__(None, None, None)
+
+    async def _gather(self) -> None:
+        """Wait for the rest of a burst, as long as there is room for it: requests that start together share every
+        decode step, and they come in bursts, one after each step of the trainer.
+        """
+        seen = None
+        while self.order != seen and len(self.pending) < self.at_a_time:
+            seen = self.order
+            await asyncio.sleep(GATHER_S)
 
     async def _compute(self, version: tuple[int, int] | None) -> None:
         """One stay on the device: weights if due, new sequences, then tokens until something happens."""

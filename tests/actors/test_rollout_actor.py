@@ -183,6 +183,33 @@ def test_a_turn_is_answered_with_its_actions(run: Run, tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_burst_of_requests_starts_together(run: Run, tmp_path: Path) -> None:
+    """Requests that come one after another to an idle actor share their decode steps."""
+
+    async def main() -> None:
+        config = job_config(rollout={"max_running": 8, "max_new_tokens": 6})
+        async with Driver(tmp_path, config, endless=True) as driver:
+            await driver.with_env()
+            driver.publish(0)
+            await driver.requests.call(request(0))  # the engine is there, and idle
+            engine = driver.stage.actor.engine
+            step, rows = engine.step, []
+
+            def counting() -> Any:
+                rows.append(engine.num_running)
+                return step()
+
+            engine.step = counting
+            calls = []
+            for group in range(1, 4):
+                calls.append(asyncio.create_task(driver.requests.call(request(group))))
+                await asyncio.sleep(0)  # a turn of the loop between two of them
+            samples = [len(actions) for actions in await asyncio.gather(*calls)]
+            assert rows == [sum(samples)] * 6
+
+    run(main)
+
+
 def test_an_exact_version_is_used_also_when_it_is_not_the_newest(run: Run, tmp_path: Path) -> None:
     """A group that began with version 0 ends with it; others go on with version 1."""
 
