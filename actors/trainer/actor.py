@@ -227,6 +227,7 @@ class TrainerActor(Actor):
         self.accumulated = False
         groups: list[Group] = []
         batch: list[Group] = []
+        tokens = 0  # of the batch
         while True:
             admit = await self._next_admit()
             if admit is None:
@@ -234,15 +235,18 @@ class TrainerActor(Actor):
             group = self.pool.pop((admit.group, admit.attempt))
             groups.append(group)
             batch.append(group)
-            # Chunks are cut by tokens alone, never by arrival times: the same order gives the same chunks.
-            full = sum(_context_tokens(g) for g in batch) >= budget
+            # Chunks are cut by tokens alone, never by arrival times: the same order gives the same chunks. One is cut
+            # where another group like the last would not fit, as its rest would make a small, slow micro-batch.
+            size = _context_tokens(group)
+            tokens += size
+            full = tokens + size > budget
             if admit.last:
                 break
             # Taking turns, the device is taken once the whole batch is there.
             if full and not self.lease.shared:
                 async with self._on_device():
                     await self._accumulate(batch if self.accumulated else groups)
-                batch = []
+                batch, tokens = [], 0
         self.admitted.pop(self.step)
         # One stay on the device: an offload between the gradients and the update would forget the gradients.
         async with self._on_device():

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,37 @@ def test_interleaved_steps_train_their_own_groups(
             assert differ(play.directory.load(0, 1), play.directory.load(0, 2))
             assert not play.stage.actor.pool
             await play.stage.heard(FirstOutput)
+
+    run(main)
+
+
+def test_micro_batches_are_filled_not_overfilled(run: Run, tmp_path: Path) -> None:
+    """A chunk ends before it is over the budget, which would leave a small rest: here after five groups."""
+
+    async def main() -> None:
+        like = make_group(0)
+        size = sum(
+            len(turn.action.prompt) + len(turn.action.tokens)
+            for segment in like.segments
+            for turn in segment.turns
+        )
+        config = job_config(
+            job={"groups_per_step": 8}, trainer={"micro_batch_tokens": 5 * size + size // 2}
+        )
+        async with Play(tmp_path, config) as play:
+            await play.begin()
+            engine = play.stage.actor.engine
+            accumulate, chunks = engine.accumulate, []
+
+            def recording(groups: Sequence[Group]) -> None:
+                chunks.append(len(groups))
+                accumulate(groups)
+
+            engine.accumulate = recording
+            await play.deliver(*(replace(like, group=group) for group in range(8)))
+            play.admit(0, *range(8), last=True)
+            await play.step_done()
+            assert chunks == [5, 3]
 
     run(main)
 
