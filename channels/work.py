@@ -67,6 +67,13 @@ class StepDone(Message, frozen=True, tag="step_done"):
     metrics: dict[str, float]
 
 
+class StepRecorded(Message, frozen=True, tag="step_recorded"):
+    """Conductor to trainer: the step's metrics are written, so that a commit may contain it."""
+
+    run_attempt: int
+    step: int
+
+
 class Committed(Message, frozen=True, tag="committed"):
     """Trainer to conductor: the manifest of this step is visible."""
 

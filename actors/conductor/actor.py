@@ -28,6 +28,7 @@ from channels.work import (
     GroupReceived,
     StageTimes,
     StepDone,
+    StepRecorded,
     TrainerReady,
 )
 
@@ -266,6 +267,7 @@ class ConductorActor(Actor):
         line = self._metrics_line(message, received, rewards)
         self.rewards.append(line["reward_mean"])
         await self.blocking(self.metrics.write, line)
+        self._tell_trainer(StepRecorded(run_attempt=self.run_attempt, step=message.step))
         self.event("step", **line)
         stopped = self.guards.check(message.metrics, rewards)
         if stopped is not None:

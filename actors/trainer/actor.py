@@ -37,6 +37,7 @@ from channels.work import (
     RankCommand,
     RankReply,
     StepDone,
+    StepRecorded,
     TrainerReady,
 )
 
@@ -61,6 +62,8 @@ class TrainerActor(Actor):
         self.admitted: dict[int, deque[Admit]] = {}
         self.commit = Manifest(step=0, policy_version=0, run_attempt=0)  # the last one
         self.trained: list[int] = []  # since then
+        self.recorded = 0  # steps whose metrics the conductor has written
+        self.recorded_more = asyncio.Event()
         self.step = 0
         self.run_attempt = -1
         self.paused = False
@@ -122,6 +125,9 @@ class TrainerActor(Actor):
         match message:
             case BeginRun() | Admit() | CommitAndPause():
                 self.commands.put_nowait(message)
+            case StepRecorded() if message.run_attempt == self.run_attempt:
+                self.recorded = message.step + 1
+                self.recorded_more.set()
             case Drop():
                 self.pool.pop((message.group, message.attempt), None)
             case RankCommand():
@@ -208,6 +214,7 @@ class TrainerActor(Actor):
     async def _begin_run(self, command: BeginRun) -> None:
         assert command.step == self.step
         self.run_attempt = command.run_attempt
+        self.recorded = self.step
         self.paused = False
         self.pool.clear()
         self.admitted.clear()
@@ -309,6 +316,11 @@ class TrainerActor(Actor):
         self._tell(published)
 
     async def _commit(self) -> None:
+        # A committed step is never taken again: its line of metrics has to be there before.
+        with self.time.measure("wait_conductor"):
+            while self.recorded < self.step:
+                self.recorded_more.clear()
+                await self.recorded_more.wait()
         manifest = Manifest(
             step=self.step,
             policy_version=self.step,

@@ -29,6 +29,7 @@ from channels.work import (
     Drop,
     GroupReceived,
     StepDone,
+    StepRecorded,
     TrainerReady,
 )
 from sim.contract import ChatMessage, TextObservation
@@ -81,6 +82,7 @@ class Play:
         self.stage = Stage(run_dir, "trainer", config, **given)
         self.directory = WeightsDirectory(run_dir / "weights", keep=9)
         self.admitted: dict[int, int] = {}
+        self.recording = True  # the conductor writes every step down at once
         self.conductor: Peer
         self.env: Peer
         self.groups: Producer
@@ -91,10 +93,16 @@ class Play:
         self.groups = self.env.router.producer("groups", bound=64)
         self.groups.add_consumer(self.stage.spec.peer)
         self.conductor = await self.stage.meet("conductor", "conductor")
+        self.conductor.router.on_message = self._to_conductor
         return self
 
     async def __aexit__(self, *error: Any) -> None:
         await self.stage.__aexit__(*error)
+
+    def _to_conductor(self, sender: str, message: Any, payload: Any) -> None:
+        self.conductor._received(sender, message, payload)
+        if isinstance(message, StepDone) and self.recording:
+            self.say(StepRecorded(run_attempt=message.run_attempt, step=message.step))
 
     def say(self, message: Any) -> None:
         self.conductor.endpoint.send(self.stage.spec.peer, message)
@@ -361,6 +369,25 @@ def test_commits_when_told_to_and_goes_on_from_there(run: Run, tmp_path: Path) -
             manifest = newest_manifest(tmp_path)
             assert manifest is not None
             assert (manifest.step, manifest.groups) == (3, frozenset(range(6)))
+
+    run(main)
+
+
+def test_a_step_is_committed_once_its_metrics_are_written(run: Run, tmp_path: Path) -> None:
+    """A committed step is never taken again, so a conductor that dies before must not cost its line."""
+
+    async def main() -> None:
+        async with Play(tmp_path, job_config()) as play:
+            play.recording = False
+            await play.begin()
+            await play.deliver(make_group(0), make_group(1))
+            play.admit(0, 0, 1, last=True)
+            await play.step_done()
+            await play.deliver(make_group(2))
+            assert not play.conductor.of(Committed)
+            assert newest_manifest(tmp_path) == Manifest(step=0, policy_version=0, run_attempt=0)
+            play.say(StepRecorded(run_attempt=0, step=0))
+            assert (await play.conductor.take(Committed)).step == 1
 
     run(main)
 
