@@ -88,10 +88,10 @@ def test_breakpoint_of_a_task_opens_the_debugger_inline(own_flowd: Flowd) -> Non
         "flowctl",
         *("run", "--inline", str(FAST), "--set", "job.name=debugged", "--set", "job.steps=1"),
         *("--set", "env.task=e2e_tasks:Stops"),
-        stdin="p len(slots)\n" + "c\n" * 100,
+        stdin="p 'left over', len(slots) % 4\n" + "c\n" * 100,
     )
     assert done.returncode == 0, done.stderr
-    assert "(Pdb) 4" in done.stdout, "four samples are answered in one step"
+    assert "(Pdb) ('left over', 0)" in done.stdout, "whole groups of four are answered at a time"
     assert str(HERE / "tasks" / "e2e_tasks.py") in done.stdout
     assert 'job "debugged" done' in done.stderr
     own_flowd.audit("debugged")
