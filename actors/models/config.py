@@ -22,5 +22,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """Width of the MLP."""
     initializer_range: Annotated[float, Meta(gt=0)] = 0.02
     """Standard deviation of the random weights; small models learn sooner near 1 / sqrt(hidden_size)."""
+    rope_theta: Annotated[float, Meta(gt=0)] = 10_000.0
+    """Base of the rotary position embedding; for texts of tens of tokens smaller ones tell places apart sooner."""
     tokenizer: str = "characters"
     """The built-in tokenizer: "characters" (digits, letters, punctuation, one token each, with a chat template)."""

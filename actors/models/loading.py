@@ -68,6 +68,7 @@ def _random_model(
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         initializer_range=config.initializer_range,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

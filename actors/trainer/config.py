@@ -52,3 +52,6 @@ class WarmupConfig(Section, frozen=True, kw_only=True):
     """Examples per update."""
     learning_rate: Annotated[float, Meta(gt=0)] = 3e-3
     """Adam's step size; it rises over the first 20 updates."""
+    temperature: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Divides the logits in the loss. Below 1 the policy is less sure than what it learnt would let it be, which
+    leaves reinforcement more to explore where `until_reward` stops early."""

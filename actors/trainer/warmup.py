@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from actors.backends.contract import Policy
 from actors.job_config import JobConfig
@@ -160,14 +161,14 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * rise
         batch = examples(step * config.batch_size, config.batch_size)
-        logprobs, rows = answer_logprobs(model, batch)
-        loss = -logprobs.mean()
+        tempered, logprobs, rows = answer_logprobs(model, batch, config.temperature)
+        loss = -tempered.mean()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # What sampling at temperature 1 would score: the probability of each whole answer; of several turns, of all.
-        answers = torch.zeros(len(batch), device=rows.device).index_add_(0, rows, logprobs.detach())
+        answers = torch.zeros(len(batch), device=rows.device).index_add_(0, rows, logprobs)
         recent.append(float(answers.exp().mean()))
         expected_reward = sum(recent) / len(recent)
         reached = len(recent) == WINDOW and expected_reward >= config.until_reward
@@ -184,8 +185,13 @@ def _train(
             break
 
 
-def answer_logprobs(model: Any, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Log-probs of the answers' tokens, float32 [tokens] with gradient, and whose each is, int64 [tokens]."""
+def answer_logprobs(
+    model: Any, examples: Sequence[Example], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the answers' tokens at a temperature, with gradient, and at temperature 1, without.
+
+    Returns both, float32 [tokens], and whose each token is, int64 [tokens].
+    """
     device = next(model.parameters()).device
     longest = max(sum(map(len, parts)) for parts in examples)
     tokens = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -201,4 +207,8 @@ def answer_logprobs(model: Any, examples: Sequence[Example]) -> tuple[Tensor, Te
     hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
     rows, columns = trained.nonzero(as_tuple=True)
     logits = model.get_output_embeddings()(hidden[rows, columns - 1]).float()
-    return -torch.nn.functional.cross_entropy(logits, tokens[rows, columns], reduction="none"), rows
+    targets = tokens[rows, columns]
+    tempered = -cross_entropy(logits / temperature, targets, reduction="none")
+    with torch.no_grad():
+        plain = -cross_entropy(logits, targets, reduction="none")
+    return tempered, plain, rows

@@ -72,6 +72,13 @@ def test_it_stops_at_the_expected_reward(tmp_path: Path):
     assert 0.3 <= last["expected_reward"] < 0.6
 
 
+def test_a_temperature_below_one_leaves_the_policy_less_sure(tmp_path: Path):
+    """After as many updates the right answers are less likely at temperature 1."""
+    _, [*_, plain] = run(tmp_path)
+    _, [*_, tempered] = run(tmp_path, warmed(temperature=0.3))
+    assert tempered["expected_reward"] < 0.8 * plain["expected_reward"]
+
+
 def test_an_equal_phase_is_paid_for_once(tmp_path: Path):
     """The cached result is the same to the last bit; no part of a file is ever visible under its name."""
     first, _ = run(tmp_path)
@@ -131,11 +138,15 @@ def test_log_probs_are_of_the_answers_alone():
         for p, a in [(3, 2), (6, 1), (1, 4)]
     ]
     with torch.no_grad():
-        logprobs, rows = answer_logprobs(model, examples)
-        expected = []
+        tempered, logprobs, rows = answer_logprobs(model, examples, 0.5)
+        expected, expected_tempered = [], []
         for prompt, answer in examples:
-            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            expected += [float(logits[len(prompt) + i - 1, t]) for i, t in enumerate(answer)]
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
+            for i, token in enumerate(answer):
+                at = logits[len(prompt) + i - 1]
+                expected.append(float(at.log_softmax(-1)[token]))
+                expected_tempered.append(float((at / 0.5).log_softmax(-1)[token]))
+    assert tempered.tolist() == pytest.approx(expected_tempered, abs=1e-5)
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
     assert rows.tolist() == [0, 0, 1, 2, 2, 2, 2]
 
