@@ -67,6 +67,9 @@ def summarize(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         "sequential_groups_per_s_by_threads": {
             way.rpartition("_")[2]: rate for way, rate in by_threads.items()
         },
+        "async_over_sequential_by_threads": {
+            way.rpartition("_")[2]: medians["async"] / rate for way, rate in by_threads.items()
+        },
         "rounds": {way: [round(value, 2) for value in values] for way, values in rates.items()},
     }
 

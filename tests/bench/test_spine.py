@@ -30,6 +30,7 @@ def test_rates_are_compared_with_the_faster_sequential_loop():
     assert result["async_over_sequential"] == pytest.approx(1.5)
     assert result["sync_over_sequential"] == pytest.approx(0.9)
     assert result["sequential_groups_per_s_by_threads"] == {"1": 100.0, "2": 61.0}
+    assert result["async_over_sequential_by_threads"]["2"] == pytest.approx(150 / 61)
 
 
 def test_control_overhead_counts_daemon_zygote_and_conductor():
