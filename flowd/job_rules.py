@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sim.registry import TASKS
 
 from actors.job_config import JobConfig
 from flowd.errors import JobFileError
 from flowd.toml_text import value_text
+from sim.registry import TASKS
 
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("job", "mode"): ("disaggregated", "collocated"),

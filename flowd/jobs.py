@@ -283,6 +283,7 @@ class Job:
         python = getattr(getattr(self.config, record.kind, None), "python", None)
         process = await self._spawn(self._spec(record), python)
         record.process = process
+        _remove_socket_of(process, self._address(record))
         if self._ending is not None:
             process.kill()  # whoever ended the job meanwhile did not see it
             record.state = "gone"
@@ -333,12 +334,14 @@ class Job:
         record.process = process
         record.state = "starting"
         self.actors[record.name] = record
+        _remove_socket_of(process, self._address(record))
         record.watcher = self._task(self._watch(record, process), f"watch-{record.name}")
         self._welcome(record)
 
     def lost_while_away(self, record: ActorRecord) -> None:
         """An actor of an earlier flowd that died while no flowd watched."""
         self.actors[record.name] = record
+        _remove_socket(self._address(record))
         self._task(self._gone(record, "gone while no flowd was there"), f"gone-{record.name}")
 
     def settle(self) -> None:
@@ -413,9 +416,6 @@ class Job:
         was_known = record.state in ("ready", "stopping")
         record.state = "gone"
         self.endpoint.disconnect(self._peer(record))
-        if record.address.startswith("ipc://"):
-            with contextlib.suppress(FileNotFoundError):  # an actor that was killed left its socket
-                os.unlink(record.address.removeprefix("ipc://"))
         for other in self.actors.values():
             if was_known and other.state == "ready" and _meet(record, other):
                 self._send(
@@ -786,6 +786,19 @@ class _ReplicaRanks:
         for record in self._records():
             if record.process is not None:
                 record.process.kill()
+
+
+def _remove_socket(address: str) -> None:
+    """An actor that was killed leaves its socket; it may not even have said hello."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(address.removeprefix("ipc://"))
+
+
+def _remove_socket_of(process: Process, address: str) -> None:
+    """Remove it when the process is gone; not when flowd only lets go of it (cancelled)."""
+    process.exited.add_done_callback(
+        lambda ended: None if ended.cancelled() else _remove_socket(address)
+    )
 
 
 def _records(replica: Replica) -> list[ActorRecord]:

@@ -178,7 +178,8 @@ class Flowd:
         try:
             if self.is_up():
                 self.down()
-            assert self.left_behind() == []
+            left = self.left_behind()
+            assert not left, left
         finally:
             for pid in self.processes():
                 os.kill(pid, signal.SIGKILL)

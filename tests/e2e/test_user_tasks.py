@@ -55,6 +55,9 @@ def test_task_that_is_not_there_fails_at_once(flowd: Flowd) -> None:
     assert done.returncode == 1
     assert "there is no module nowhere" in done.stderr.splitlines()[-1]
     assert all(actor["restarts"] == 0 for actor in flowd.actors("absent"))
+    # Some were killed before their first message.
+    sockets = {path.name for path in flowd.paths.sockets.iterdir() if path.is_socket()}
+    assert sockets == {"control.sock", "flowd.sock", "zygote.sock"}
 
 
 def test_another_interpreter_serves_the_env_stage(flowd: Flowd, tmp_path: Path) -> None:
