@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 HUNG_AFTER_S = 30.0  # an actor's loop that did not beat for so long is stuck
 STOP_DEADLINE_S = 5.0
 KILL_DEADLINE_S = 5.0
+EXIT_RAISED = 1  # of an actor that raised, as in actors/host.py
+LAST_WORDS_S = 1.0
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
 HAND_OVER_S = 600.0
@@ -96,6 +98,7 @@ class ActorRecord:
     report: dict[str, Any] = field(default_factory=dict)
     welcomed: bool = False
     failure: Failed | None = None
+    failed_event: asyncio.Event = field(default_factory=asyncio.Event)
     ready_event: asyncio.Event = field(default_factory=asyncio.Event)
     output_event: asyncio.Event = field(default_factory=asyncio.Event)
     watcher: "asyncio.Task[None] | None" = None
@@ -218,6 +221,9 @@ class Job:
             task.cancel()
         await asyncio.gather(*replacing, return_exceptions=True)
         await self._stop([r for r in self.actors.values() if r.state != "gone"], self.reason)
+        for record in self.actors.values():
+            if record.process is None:
+                record.state = "gone"  # its start was cancelled
         current = asyncio.current_task()
         for task in [t for t in self._tasks if t is not current]:
             task.cancel()
@@ -278,6 +284,7 @@ class Job:
     async def _spawn_one(self, record: ActorRecord) -> None:
         record.state = "starting"
         record.failure = None
+        record.failed_event.clear()
         record.heard = time.monotonic()
         record.welcomed = False
         python = getattr(getattr(self.config, record.kind, None), "python", None)
@@ -407,6 +414,11 @@ class Job:
 
     async def _watch(self, record: ActorRecord, process: Process) -> None:
         status = await asyncio.shield(process.exited)
+        if record.state != "stopping" and getattr(status, "exit_code", None) == EXIT_RAISED:
+            # It said why before it left; the word of its end came another, quicker way.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS_S):
+                    await record.failed_event.wait()
         if record.process is process:
             await self._gone(record, str(status))
 
@@ -570,6 +582,7 @@ class Job:
                 record.output_event.set()
             case Failed():
                 record.failure = message
+                record.failed_event.set()
                 self._emit(
                     "failed",
                     {
