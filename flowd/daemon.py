@@ -263,12 +263,14 @@ class FlowdDaemon:
     def signalled(self, number: int) -> None:
         """A first signal asks for an orderly end, a second one is final."""
         self._signals += 1
+        log.info("signal=%s", signal.Signals(number).name)
         if self._signals > 1:
             os._exit(128 + number)  # the zygote sees it and ends every actor after the grace
         self.request_shutdown()
 
     def request_shutdown(self) -> None:
         """Ask for an orderly end."""
+        log.info("stopping pid=%d", os.getpid())
         self.stopping.set()
 
     async def close(self) -> None:
