@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from actors.conductor.group_set import NO_GROUPS
 from actors.conductor.ledger_audit import Audit, audit
 from actors.conductor.ledger_schema import (
     FILE,
@@ -246,7 +247,7 @@ class Ledger:
         return rolled_back
 
     def _reconcile_groups(self, manifest: Manifest | None, run_attempt: int) -> list[int]:
-        committed = manifest.groups if manifest else frozenset()
+        committed = manifest.groups if manifest else NO_GROUPS
         last_step = manifest.step - 1 if manifest else -1
         rolled_back = []
         seen = set()
@@ -273,7 +274,7 @@ class Ledger:
                     (self._clock(), *key),
                 )
         # Rows that the machine's death took: those committed were trained, the rest is issued anew.
-        for group in range(max([*seen, *committed], default=-1) + 1):
+        for group in range(max(max(seen, default=-1) + 1, committed.end)):
             if group not in seen:
                 trained = group in committed
                 if not trained:

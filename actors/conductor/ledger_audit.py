@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
+from actors.conductor.group_set import NO_GROUPS
 from actors.conductor.ledger_schema import (
     FILE,
     LIVE,
@@ -102,7 +103,7 @@ class _Findings:
 def _audit_groups(
     rows: Iterable[sqlite3.Row], manifest: Manifest | None, finished: bool, findings: _Findings
 ) -> None:
-    committed = set(manifest.groups) if manifest else set()
+    known: list[int] = []
     expected = 0
     for group, attempts in groupby(rows, key=lambda row: int(row["group_index"])):
         for missing in range(expected, group):
@@ -111,8 +112,8 @@ def _audit_groups(
         history = list(attempts)
         _audit_history(group, history, findings)
         _audit_end(group, history[-1], manifest, finished, findings)
-        committed.discard(group)
-    for group in sorted(committed):
+        known.append(group)
+    for group in (manifest.groups if manifest else NO_GROUPS).difference(known):
         findings.add("in the newest manifest, and unknown to the ledger", group)
     findings.counts["groups"] = expected
 

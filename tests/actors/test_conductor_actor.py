@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from actor_stage import JOB, Peer, Stage, job_config
 
+from actors.conductor.group_set import GroupSet
 from actors.conductor.ledger import Ledger, audit
 from actors.conductor.manifest import Manifest, write_manifest
 from actors.host import ActorHost
@@ -69,7 +70,7 @@ class Play:
             step=self.step,
             policy_version=self.step,
             run_attempt=max(self.run_attempt, 0),
-            groups=frozenset(self.committed),
+            groups=GroupSet.of(self.committed),
         )
         write_manifest(self.stage.run_dir, manifest)
 

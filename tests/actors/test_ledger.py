@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from actors.conductor.group_set import GroupSet
 from actors.conductor.ledger import FILE, Ledger, LedgerError, audit
 from actors.conductor.manifest import Manifest, checkpoint_dir, write_manifest
 
@@ -49,7 +50,7 @@ class Run:
     def save(self, step: int, groups) -> None:
         """The trainer's half of a commit."""
         self.manifest = Manifest(
-            step=step, policy_version=step, run_attempt=self.run_attempt, groups=frozenset(groups)
+            step=step, policy_version=step, run_attempt=self.run_attempt, groups=GroupSet.of(groups)
         )
         write_manifest(self.dir, self.manifest)
 

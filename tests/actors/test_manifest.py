@@ -1,41 +1,26 @@
 """The commit point on disk."""
 
 import json
+import sys
+from types import FrameType
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from actors.conductor.group_set import GroupSet
 from actors.conductor.manifest import (
     FILE,
     Manifest,
     ManifestError,
     checkpoint_dir,
-    from_ranges,
     newest_manifest,
     read_manifest,
-    to_ranges,
     write_manifest,
 )
 
 
 def manifest(step: int, groups) -> Manifest:
-    return Manifest(step=step, policy_version=step, run_attempt=1, groups=frozenset(groups))
-
-
-@given(st.frozensets(st.integers(0, 200)))
-def test_ranges_are_exactly_the_set(groups):
-    """Any set comes back, and no two ranges touch."""
-    ranges = to_ranges(groups)
-    assert from_ranges(ranges) == groups
-    assert sum(stop - start for start, stop in ranges) == len(groups)
-    assert len(ranges) == sum(group - 1 not in groups for group in groups)
-
-
-def test_groups_in_order_are_one_range():
-    """The usual case stays small: what stands out are the holes."""
-    assert to_ranges(range(1000)) == [(0, 1000)]
-    assert to_ranges([5, 0, 1, 3]) == [(0, 2), (3, 4), (5, 6)]
+    return Manifest(step=step, policy_version=step, run_attempt=1, groups=GroupSet.of(groups))
 
 
 def test_the_newest_manifest_is_the_commit(tmp_path):
@@ -91,3 +76,43 @@ def test_a_cut_manifest_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ManifestError, match="remove its step's directory"):
         newest_manifest(tmp_path)
+
+
+def lines_run(work: Any) -> int:
+    """How many lines of Python the work takes."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_commit_costs_the_same_however_many_groups_were_trained(tmp_path):
+    """As many lines of Python and, but for the digits, as many bytes on disk after 10**12 groups as after ten."""
+    costs, sizes = [], []
+    write_manifest(tmp_path, manifest(100, [0]))  # the first one also makes the folder
+    for trained in (10, 1000, 10**12):  # enumerating the last would never end
+        before = GroupSet(((0, trained), (trained + 3, trained + 5)))
+        late = [trained + 7, trained + 5, trained + 6]
+
+        def commit(before: GroupSet = before, late: list[int] = late) -> None:
+            committed = Manifest(
+                step=len(sizes), policy_version=0, run_attempt=0, groups=before.union(late)
+            )
+            path = write_manifest(tmp_path, committed)
+            assert read_manifest(path) == committed
+            assert late[0] in committed.groups
+            sizes.append(path.stat().st_size)
+
+        costs.append(lines_run(commit))
+    assert costs[1:] == costs[:1] * 2
+    assert sizes[2] - sizes[0] < 60

@@ -12,6 +12,7 @@ import pytest
 import torch
 from actor_stage import JOB, Peer, Stage, job_config
 
+from actors.conductor.group_set import GroupSet
 from actors.conductor.manifest import Manifest, newest_manifest, write_manifest
 from actors.episodes import Action, Group, Segment, Turn
 from actors.job_config import JobConfig
@@ -228,7 +229,7 @@ def test_interleaved_steps_train_their_own_groups(
             assert order == [TrainerReady, WeightsPublished, *step, *step]
             manifest = newest_manifest(tmp_path)
             assert manifest is not None
-            assert (manifest.step, manifest.groups) == (2, frozenset(range(6)))
+            assert (manifest.step, manifest.groups) == (2, GroupSet.of(range(6)))
             assert_weights(play.directory, 1, trained_by_hand(config, play.stage, [[0, 5, 3]]))
             both = trained_by_hand(config, play.stage, [[0, 5, 3], [1, 4, 2]])
             assert_weights(play.directory, 2, both)
@@ -353,7 +354,7 @@ def test_commits_when_told_to_and_goes_on_from_there(run: Run, tmp_path: Path) -
             undisturbed = play.directory.load(0, 3)
             manifest = newest_manifest(tmp_path)
             assert manifest == Manifest(
-                step=2, policy_version=2, run_attempt=0, groups=frozenset(range(4))
+                step=2, policy_version=2, run_attempt=0, groups=GroupSet.of(range(4))
             )
         async with Play(tmp_path, config, epoch=1) as play:
             ready = await play.conductor.take(TrainerReady)
@@ -368,7 +369,7 @@ def test_commits_when_told_to_and_goes_on_from_there(run: Run, tmp_path: Path) -
                 torch.testing.assert_close(again[name], tensor, rtol=0, atol=0)
             manifest = newest_manifest(tmp_path)
             assert manifest is not None
-            assert (manifest.step, manifest.groups) == (3, frozenset(range(6)))
+            assert (manifest.step, manifest.groups) == (3, GroupSet.of(range(6)))
 
     run(main)
 
@@ -411,7 +412,7 @@ def test_commits_and_pauses(run: Run, tmp_path: Path, admitted: int) -> None:
             assert len(play.conductor.of(StepDone)) == 1
             manifest = newest_manifest(tmp_path)
             assert manifest is not None
-            assert (manifest.step, manifest.groups) == (1, frozenset({0, 1}))
+            assert (manifest.step, manifest.groups) == (1, GroupSet.of({0, 1}))
 
     run(main)
 
