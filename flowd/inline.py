@@ -17,10 +17,12 @@ from actors.job_config import JobConfig
 from channels.endpoint import InlineHub
 from channels.lifecycle import ActorSpec
 from channels.messages import Message
+from flowd.actor_record import Process
 from flowd.devices import inventory
-from flowd.jobs import Job, JobPlaces, Process
+from flowd.jobs import Job
 from flowd.leases import LeaseTable
 from flowd.leasing import LeaseShell
+from flowd.paths import JobPlaces
 from flowd.planner import plan
 
 Emit = Callable[[str, dict[str, Any]], None]

@@ -90,6 +90,16 @@ class RunPaths:
         return self.logs / f"{actor}.log"
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobPlaces:
+    """Where a running job's things lie."""
+
+    run_dir: Path
+    socket_dir: Path
+    weights_dir: Path
+    cache_dir: Path
+
+
 @dataclass(frozen=True, slots=True)
 class StatePaths:
     """The files of a state directory; `root` is what `state_directory` gave."""

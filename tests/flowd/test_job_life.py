@@ -11,12 +11,14 @@ import pytest
 from channels.endpoint import InlineHub
 from channels.lifecycle import ActorSpec, HandOver, Hello, Ready, Stop
 from channels.messages import Message
+from flowd.actor_record import ActorRecord, Process
 from flowd.devices import inventory
 from flowd.errors import FlowdError
 from flowd.job import parse_job
-from flowd.jobs import ActorRecord, Job, JobPlaces, Process
+from flowd.jobs import Job
 from flowd.leases import LeaseTable
 from flowd.leasing import LeaseShell
+from flowd.paths import JobPlaces
 from flowd.planner import Plan, plan
 
 CONFIG = parse_job(
@@ -72,7 +74,7 @@ class Actor:
 class Node:
     """What a job needs around it. gate: spawns wait for it."""
 
-    def __init__(self, run_dir: Path, made: Plan | None = None) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.hub = InlineHub()
         self.started: list[Actor] = []
         self.gate = asyncio.Event()
@@ -82,19 +84,23 @@ class Node:
         self.endpoint.on_message = self._receive
         self.devices = inventory("cpu:8@1GiB")
         self.leases = LeaseShell(LeaseTable({d.id: d.memory_bytes for d in self.devices}))
-        self.job = Job(
+        self.run_dir = run_dir
+        self.job = self.make_job(plan(CONFIG, self.devices))
+
+    def make_job(self, made: Plan) -> Job:
+        return Job(
             "toy",
             CONFIG,
-            made or plan(CONFIG, self.devices),
+            made,
             self.devices,
             endpoint=self.endpoint,
             leases=self.leases,
             spawn=self._spawn,
             places=JobPlaces(
-                run_dir=run_dir,
-                socket_dir=run_dir,
-                weights_dir=run_dir / "weights",
-                cache_dir=run_dir / "cache",
+                run_dir=self.run_dir,
+                socket_dir=self.run_dir,
+                weights_dir=self.run_dir / "weights",
+                cache_dir=self.run_dir / "cache",
             ),
             node="here",
             incarnation="first",
@@ -231,10 +237,7 @@ def test_a_scale_that_a_killed_flowd_had_begun_goes_on(tmp_path: Path) -> None:
         others = [r for r in whole.replicas if r.stage != "rollout"]
         node.job.detach()
         before = node.job
-        node.job = Node(tmp_path, replace(whole, replicas=(*others, gone, new))).job
-        node.job.endpoint, node.job.leases = node.endpoint, node.leases
-        node.job._spawn = node._spawn
-        node.job.state = "starting"
+        node.job = node.make_job(replace(whole, replicas=(*others, gone, new)))
         for old in before.actors.values():
             fresh = ActorRecord(
                 old.name, old.kind, old.replica, old.rank, old.num_ranks, old.devices
