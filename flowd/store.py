@@ -8,6 +8,7 @@ here but in its run directory's ledger.
 """
 
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from flowd.errors import FlowdError
+
+log = logging.getLogger(__name__)
 
 FILE = "flowd.sqlite"
 SCHEMA_VERSION = 1
@@ -91,6 +94,15 @@ class EventRow:
     actor: str | None
     kind: str
     data: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def noting() -> Iterator[None]:
+    """Log what the store raises: a full disk must not keep flowd from ending and stopping what it runs."""
+    try:
+        yield
+    except StoreError as error:
+        log.error("state was not saved: %s", error)
 
 
 class Store:
