@@ -270,6 +270,8 @@ class Job:
             case JobEvent():
                 if message.kind == "step":
                     self.metrics = message.data
+                elif message.kind == "commit":
+                    self._roster.committed_step = message.data["step"]
                 self._emit(message.kind, message.data)
             case HandedOver():
                 self._scaling.handed_over()

@@ -12,7 +12,11 @@ from flowd.planner import Plan
 
 @dataclass(kw_only=True)
 class Roster:
-    """One per job. ending: why the job ends, once that is decided; finished: the conductor said so itself."""
+    """One per job.
+
+    ending: why the job ends, once that is decided    finished: the conductor said so itself
+    committed_step: the last one that this flowd heard of, -1 before the first
+    """
 
     job: str
     config: JobConfig
@@ -23,6 +27,7 @@ class Roster:
     actors: dict[str, ActorRecord] = field(default_factory=dict)
     ending: str | None = None
     finished: bool = False
+    committed_step: int = -1
 
     def lease_name(self, replica: str) -> str:
         """The name of a replica among those of all jobs."""

@@ -34,6 +34,7 @@ EXIT_RAISED = 1  # of an actor that raised, as in actors/host.py
 LAST_WORDS_S = 1.0
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
+MAX_WITHOUT_COMMIT = 5
 
 
 class Supervisor:
@@ -264,14 +265,9 @@ class Supervisor:
 
     async def _replace_now(self, record: ActorRecord, how: str) -> None:
         failure = record.failure
-        budget = self._budgets.setdefault(
-            record.replica, RestartBudget(MAX_RESTARTS, RESTART_WINDOW_S)
-        )
-        if (failure is not None and failure.during_setup) or not budget.allows(time.monotonic()):
-            why = f"{record.name} {'raised ' + failure.error if failure else how}"
-            if failure is None or not failure.during_setup:
-                why += f", and was restarted {record.restarts} times already"
-            self._fail(why, failure.traceback if failure is not None else self._log_tail(record))
+        refused = self._refusal(record, how)
+        if refused is not None:
+            self._fail(refused, failure.traceback if failure else self._log_tail(record))
             return
         self._emit(
             "restart",
@@ -299,6 +295,22 @@ class Supervisor:
             other.ready_event.clear()
             other.process = None
         await self._spawn_all(again)
+
+    def _refusal(self, record: ActorRecord, how: str) -> str | None:
+        """Why an actor that ended is not started again; None when it is, which counts."""
+        failure = record.failure
+        end = f"{record.name} {'raised ' + failure.error if failure else how}"
+        if failure is not None and failure.during_setup:
+            return end  # and would again
+        if record.replica not in self._budgets:
+            self._budgets[record.replica] = RestartBudget(
+                max_restarts=MAX_RESTARTS,
+                window_s=RESTART_WINDOW_S,
+                max_without_commit=MAX_WITHOUT_COMMIT,
+            )
+        budget = self._budgets[record.replica]
+        spent = budget.ask(time.monotonic(), self._roster.committed_step)
+        return None if spent is None else f"{end}; {spent}"
 
     def _log_tail(self, record: ActorRecord) -> str:
         path = self._roster.places.run_dir / "logs" / f"{record.name}.log"

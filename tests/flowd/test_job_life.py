@@ -1,6 +1,7 @@
 """A job among fake processes: what an end, a restart and a scale do to each other when they meet."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from channels.endpoint import InlineHub
-from channels.lifecycle import ActorSpec, HandOver, Hello, Ready, Stop
+from channels.lifecycle import ActorSpec, Failed, HandOver, Hello, JobEvent, Ready, Stop
 from channels.messages import Message
+from flowd import supervisor
 from flowd.actor_record import ActorRecord, Process
 from flowd.devices import inventory
 from flowd.errors import FlowdError
@@ -59,6 +61,22 @@ class Actor:
 
     def kill(self) -> None:
         self._exit("killed")
+
+    def crash(self, error: str) -> None:
+        """Raise while at work."""
+        who: dict[str, Any] = {
+            "actor": self.spec.actor,
+            "job": self.spec.job,
+            "epoch": self.spec.epoch,
+        }
+        failed = Failed(**who, error=error, traceback=f"Traceback of {error}", during_setup=False)
+        self._endpoint.send("flowd", failed)
+        asyncio.get_running_loop().call_soon(self._exit, "exited with code 1")
+
+    def commits(self, step: int) -> None:
+        """Say, as a conductor, that a step was committed."""
+        event = JobEvent(job=self.spec.job, kind="commit", data={"step": step})
+        self._endpoint.send("flowd", event)
 
     def _exit(self, how: str) -> None:
         if not self.exited.done():
@@ -130,6 +148,10 @@ class Node:
     async def all_ready(self) -> None:
         await asyncio.gather(*(r.ready_event.wait() for r in self.job.actors.values()))
 
+    def newest(self, actor: str) -> Actor:
+        """The process of the actor's last start."""
+        return [a for a in self.started if a.spec.actor == actor][-1]
+
     def alive(self) -> list[str]:
         return sorted(actor.spec.actor for actor in self.started if not actor.exited.done())
 
@@ -174,6 +196,43 @@ def test_a_job_that_ends_while_it_is_scaled_leaves_nothing(tmp_path: Path) -> No
         node.gate.set()
         with pytest.raises(FlowdError, match="ended while it was being scaled: all steps"):
             await scaling
+        assert node.alive() == node.leases_held() == []
+
+    run(main)
+
+
+def test_slow_crashes_end_the_job_unless_it_commits_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five restarts of a replica without a new commit are forgiven; then its own traceback is the error."""
+    monkeypatch.setattr(supervisor, "RESTART_WINDOW_S", 1e-9)  # so slow that no two fall together
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        await node.job.start()
+        await node.all_ready()
+        restarts = itertools.count(1)
+
+        async def crash_and_come_back() -> None:
+            record = node.job.actors["rollout-1"]
+            node.newest("rollout-1").crash("ValueError: no such token")
+            expected = next(restarts)
+            await node.until(lambda: record.restarts == expected and record.state == "ready")
+
+        for _ in range(5):
+            await crash_and_come_back()
+        node.newest("conductor").commits(step=4)
+        for _ in range(5):
+            await crash_and_come_back()
+        node.newest("conductor").commits(step=4)  # played again after a rollback: nothing is gained
+        node.newest("rollout-1").crash("ValueError: no such token")
+        await node.job.ended.wait()
+        assert node.job.state == "failed"
+        assert node.job.reason == (
+            "rollout-1 raised ValueError: no such token; "
+            "it was restarted 5 times without a new commit already, the limit"
+        )
+        assert node.job.error == "Traceback of ValueError: no such token"
         assert node.alive() == node.leases_held() == []
 
     run(main)
