@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from actors.job_config import JobConfig
+from actors.json_lines import as_json
 from actors.lease import Lease
 from actors.spans import SpanWriter
 from channels.channel import ChannelRouter
@@ -152,7 +153,7 @@ class Actor:
 
     def event(self, kind: str, **data: Any) -> None:
         """Tell flowd, and through it whoever follows the job."""
-        self.endpoint.send(FLOWD, JobEvent(job=self.spec.job, kind=kind, data=data))
+        self.endpoint.send(FLOWD, JobEvent(job=self.spec.job, kind=kind, data=as_json(data)))
 
     def delivered(self) -> None:
         """A piece of work was delivered; the first one is reported."""

@@ -61,12 +61,12 @@ def curve(rewards: Sequence[tuple[int, float]], rows: int = CURVE_ROWS) -> str:
 
 
 def _rewards(metrics: Path) -> list[tuple[int, float]]:
-    """The last attempt of every step."""
-    by_step = {}
+    """The last attempt of every step; one whose reward was no number is left out."""
+    by_step: dict[int, float | None] = {}
     for text in metrics.read_text().splitlines():
         line = json.loads(text)
-        by_step[int(line["step"])] = float(line["reward_mean"])
-    return sorted(by_step.items())
+        by_step[int(line["step"])] = line["reward_mean"]
+    return sorted((step, reward) for step, reward in by_step.items() if reward is not None)
 
 
 def _free_name(paths: StatePaths, stem: str) -> str:

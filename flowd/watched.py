@@ -100,7 +100,7 @@ def stages_of(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     times: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
-        if match := STAGE_KEY.fullmatch(key):
+        if value is not None and (match := STAGE_KEY.fullmatch(key)):
             times.setdefault(match[1], {})[match[2]] = float(value)
     seconds, busy = metrics.get("seconds"), metrics.get("seconds_step")
     if "trainer" not in times and seconds is not None and busy is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from actors.conductor.group_set import NO_GROUPS
-from actors.conductor.ledger_audit import Audit, audit
+from actors.conductor.ledger_audit import Audit, audit, beginnings
 from actors.conductor.ledger_schema import (
     FILE,
     LIVE,
@@ -33,7 +33,7 @@ from actors.conductor.ledger_schema import (
 )
 from actors.conductor.manifest import Manifest
 
-__all__ = ["FILE", "Audit", "Ledger", "LedgerError", "audit"]
+__all__ = ["FILE", "Audit", "Ledger", "LedgerError", "audit", "beginnings"]
 
 _CURRENT = (
     "NOT EXISTS (SELECT 1 FROM groups AS later "

@@ -1,8 +1,9 @@
-"""The audit of a ledger: proves that nothing was lost and nothing trained twice, or says what was."""
+"""Reads a ledger from outside: its audit, which proves that nothing was lost or trained twice, and its rollbacks."""
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -58,6 +59,31 @@ def audit(run_dir: Path, *, finished: bool = False) -> Audit:
     except ManifestError as error:
         findings.problems.append(str(error))
         manifest = None
+    with _reading(path) as db:
+        damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            findings.problems.append(f"{path} is damaged: {damage}")
+        db.execute("BEGIN")  # one state of the file for all that follows
+        rows = db.execute("SELECT * FROM groups ORDER BY group_index, attempt")
+        _audit_groups(rows, manifest, finished, findings)
+        _audit_commits(db.execute("SELECT * FROM commits").fetchall(), manifest, findings)
+    return findings.audit()
+
+
+def beginnings(run_dir: Path) -> dict[int, int]:
+    """Run attempt to the step that it began at: what earlier attempts did from there on was rolled back.
+
+    Empty without a ledger. Raises LedgerError if there is one that this version cannot read.
+    """
+    path = run_dir / FILE
+    if not path.is_file():
+        return {}
+    with _reading(path) as db:
+        return {row["run_attempt"]: row["step"] for row in db.execute("SELECT * FROM runs")}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     db = sqlite3.connect(
         f"file:{quote(str(path.resolve()))}?mode=ro", uri=True, timeout=LOCK_WAIT_S
     )
@@ -65,16 +91,9 @@ def audit(run_dir: Path, *, finished: bool = False) -> Audit:
     try:
         with reporting(path):
             check_version(path, db.execute("PRAGMA user_version").fetchone()[0])
-            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if damage != "ok":
-                findings.problems.append(f"{path} is damaged: {damage}")
-            db.execute("BEGIN")  # one state of the file for all that follows
-            rows = db.execute("SELECT * FROM groups ORDER BY group_index, attempt")
-            _audit_groups(rows, manifest, finished, findings)
-            _audit_commits(db.execute("SELECT * FROM commits").fetchall(), manifest, findings)
+            yield db
     finally:
         db.close()
-    return findings.audit()
 
 
 class _Findings:

@@ -1,9 +1,10 @@
 """Where a step's numbers go: metrics.jsonl (one line a step) and TensorBoard files. Blocking; run off the loop."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from actors.json_lines import line_of
 
 
 class MetricsWriter:
@@ -19,7 +20,7 @@ class MetricsWriter:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """line: must have "step"; numbers also go to TensorBoard under their key."""
-        self._file.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
+        self._file.write(line_of(line))
         if self._board is not None:
             for key, value in line.items():
                 if key != "step" and isinstance(value, int | float):

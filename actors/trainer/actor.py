@@ -9,7 +9,6 @@ The other ranks do what the leader says. A rank that dies takes the whole replic
 """
 
 import asyncio
-import json
 import math
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from actors.actor import Actor
 from actors.backends.contract import TrainingEngine
 from actors.conductor.manifest import Manifest, newest_manifest
 from actors.episodes import Group, Segment
+from actors.json_lines import line_of
 from actors.trainer import checkpoint
 from channels.channel import Item
 from channels.lifecycle import Introduce
@@ -451,6 +451,7 @@ class TrainerActor(Actor):
                     lines.append(
                         {
                             "step": self.step - 1,
+                            "attempt": self.run_attempt,
                             "group": group.group,
                             "sample": segment.sample,
                             "turn": segment.first_turn + position,
@@ -466,8 +467,8 @@ class TrainerActor(Actor):
                         }
                     )
         if lines:
-            with (self.run_dir / "samples.jsonl").open("a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            with (self.run_dir / "samples.jsonl").open("ab") as file:
+                file.write(b"".join(line_of(line) for line in lines))
 
 
 class _OnDevice:

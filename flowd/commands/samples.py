@@ -1,6 +1,7 @@
 """`flowctl samples`: what the policy generated."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 NAME = "samples"
@@ -12,9 +13,13 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB")
     parser.add_argument("--step", type=int, metavar="N")
+    parser.add_argument(
+        "--rolled-back", action="store_true", help="also of steps that a rollback took back"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    from actors.conductor.ledger import LedgerError, beginnings
     from flowd.console import print_json
     from flowd.errors import FlowdError, RequestError
     from flowd.runs import existing_run, json_lines, paths_of
@@ -24,15 +29,30 @@ def run(args: argparse.Namespace) -> int:
         f'job "{args.job}" has no samples yet ({run_paths.samples}): they come with its first '
         "step, unless [metrics] samples_per_step = 0"
     )
+    try:
+        began_at = {} if args.rolled_back else beginnings(run_paths.root)
+    except LedgerError as error:
+        raise FlowdError(
+            f"{error}; --rolled-back shows all samples, which needs no ledger"
+        ) from error
     chosen: list[dict[str, Any]] = []
     steps: list[int] = []
+    hidden: set[int] = set()
     for sample in json_lines(run_paths.samples, missing):
+        if was_rolled_back(sample, began_at):
+            hidden.add(sample["step"])
+            continue
         if not steps or steps[-1] != sample["step"]:
             steps.append(sample["step"])
             if args.step is None:
                 chosen.clear()  # only the last step's are wanted, and this is a later one
         if args.step in (None, sample["step"]):
             chosen.append(sample)
+    if not chosen and (args.step in hidden if args.step is not None else hidden):
+        which = "all steps with samples were" if args.step is None else f"step {args.step} was"
+        raise FlowdError(
+            f'job "{args.job}": {which} rolled back and not taken again yet; --rolled-back shows them'
+        )
     if not steps:
         raise FlowdError(missing)
     if not chosen:
@@ -48,6 +68,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def was_rolled_back(sample: Mapping[str, Any], began_at: Mapping[int, int]) -> bool:
+    """Whether a later run attempt began at the sample's step or before. began_at: step by run attempt"""
+    return any(
+        attempt > sample["attempt"] and step <= sample["step"] for attempt, step in began_at.items()
+    )
+
+
 def sample_text(sample: dict[str, Any]) -> str:
     """One sample for reading."""
     from flowd.console import cell, number
@@ -57,8 +84,9 @@ def sample_text(sample: dict[str, Any]) -> str:
     span = f"{min(versions)}..{max(versions)}" if versions else "-"
     if versions and min(versions) == max(versions):
         span = str(versions[0])
+    attempt = f"  attempt {sample['attempt']}" if sample.get("attempt") else ""
     lines = [
-        f"step {sample['step']}  group {sample.get('group')}  sample {sample.get('sample')}  "
+        f"step {sample['step']}{attempt}  group {sample.get('group')}  sample {sample.get('sample')}  "
         f"reward {number(sample.get('reward'))}  version {span}  "
         f"tokens {len(sample.get('tokens') or [])}  finish {sample.get('finish')}",
         _indented("prompt", str(sample.get("prompt", ""))),

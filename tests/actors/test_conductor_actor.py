@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from actor_stage import JOB, Peer, Stage, job_config
 
@@ -154,8 +155,10 @@ class Play:
         return groups
 
     def steps(self) -> list[dict[str, Any]]:
-        text = (self.stage.run_dir / "metrics.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in self.metrics_text().splitlines()]
+
+    def metrics_text(self) -> str:
+        return (self.stage.run_dir / "metrics.jsonl").read_text()
 
     def trainer_dies(self) -> None:
         self.stage.lose("trainer-0")
@@ -584,8 +587,14 @@ def test_a_loss_that_is_no_number_fails_the_job(run: Run, tmp_path: Path, metric
     async def main() -> None:
         async with Play(tmp_path, conductor_config()) as play:
             await play.trainer_comes()
-            await play.whole_step(commit=False, **{metric: float("nan")})
+            await play.whole_step(commit=False, **{metric: float("nan"), "kl": float("-inf")})
             finished = await play.stage.heard(JobFinished)
+            # The line and what followers are told say null: JSON has no such numbers.
+            (line,) = [msgspec.json.decode(x) for x in play.metrics_text().splitlines()]
+            (event,) = [e.data for e in play.stage.of(JobEvent) if e.kind == "step"]
+            assert line == event
+            assert (line[metric], line["kl"]) == (None, None)
+            assert line["reward_mean"] == 0.5
             assert finished.state == "failed"
             assert finished.reason.startswith(f"{metric} is nan: the update was not committed")
 

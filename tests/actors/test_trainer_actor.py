@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -294,15 +295,17 @@ def test_samples_are_written(run: Run, tmp_path: Path) -> None:
 
     async def main() -> None:
         async with Play(tmp_path, job_config(metrics={"samples_per_step": 1})) as play:
-            await play.begin()
-            await play.deliver(make_group(0), make_group(1))
+            await play.begin(run_attempt=3)
+            groups = [make_group(0, run_attempt=3), make_group(1, run_attempt=3)]
+            await play.deliver(*groups)
             play.admit(0, 1, 0, last=True)
             await play.conductor.take(Committed)
             (line,) = [
                 json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()
             ]
             action = make_group(1).segments[0].turns[0].action
-            assert (line["step"], line["group"], line["sample"], line["turn"]) == (0, 1, 0, 0)
+            assert (line["step"], line["attempt"]) == (0, 3)
+            assert (line["group"], line["sample"], line["turn"]) == (1, 0, 0)
             assert (line["prompt"], line["text"], line["reward"]) == ("ask 1", "text 1.0", 0.0)
             assert line["tokens"] == action.tokens.tolist()
             assert line["prompt_tokens"] == action.prompt.tolist()
@@ -322,6 +325,10 @@ def test_an_update_that_is_no_number_goes_nowhere(run: Run, tmp_path: Path) -> N
             play.admit(1, 2, 3, last=True)
             metrics = (await play.step_done()).metrics
             assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+            await play.stage.until((tmp_path / "samples.jsonl").exists)
+            samples = (tmp_path / "samples.jsonl").read_text().splitlines()
+            strict = msgspec.json.Decoder()  # refuses a bare NaN
+            assert None in strict.decode(samples[0])["logprobs"]
             (late,) = await play.deliver(make_group(4))
             assert late.group == 4
             assert len(play.conductor.of(StepDone)) == 1

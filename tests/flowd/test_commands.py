@@ -9,6 +9,7 @@ import pytest
 from fake_daemon import FakeDaemon, Server, job_status
 
 from actors.conductor.ledger import Ledger
+from actors.conductor.manifest import Manifest
 from flowd.flowctl import main as flowctl
 
 JOB = '[job]\nname = "toy"\nsteps = 4\n[env]\ntask = "arithmetic"\n'
@@ -252,6 +253,7 @@ def test_samples_of_the_last_step_and_of_one(server, run_dir, capsys):
     samples = [
         {
             "step": number,
+            "attempt": 0,
             "group": number,
             "sample": 0,
             "prompt": "2+2=",
@@ -281,6 +283,37 @@ def test_samples_of_the_last_step_and_of_one(server, run_dir, capsys):
     assert [json.loads(line)["step"] for line in capsys.readouterr().out.splitlines()] == [1, 1]
     assert flowctl(["samples", "toy", "--step", "9"]) == 2
     assert "steps 1 to 2" in capsys.readouterr().err
+
+
+def test_samples_of_steps_that_were_rolled_back_are_hidden(server, run_dir, capsys):
+    """A run attempt takes back all steps from where it begins, also those not taken again yet."""
+
+    def shown(*options: str) -> list[tuple[int, int]]:
+        assert flowctl(["samples", "toy", "--json", *options]) == 0
+        lines = map(json.loads, capsys.readouterr().out.splitlines())
+        return [(line["step"], line["attempt"]) for line in lines]
+
+    taken = [(0, 0), (1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (2, 2)]
+    text = "".join(json.dumps({"step": s, "attempt": a}) + "\n" for s, a in taken)
+    (run_dir / "samples.jsonl").write_text(text)
+    with Ledger(run_dir / "ledger.sqlite") as ledger:
+        for attempt, step in enumerate((0, 1, 2)):
+            manifest = Manifest(step=step, policy_version=step, run_attempt=0)
+            ledger.reconcile(manifest, attempt)
+        assert shown() == [(2, 2)]
+        assert shown("--step", "1") == [(1, 1)]
+        assert shown("--step", "0") == [(0, 0)]
+        assert shown("--step", "2", "--rolled-back") == [(2, 0), (2, 1), (2, 2)]
+        assert flowctl(["samples", "toy", "--step", "3"]) == 1
+        assert "step 3 was rolled back and not taken again yet" in capsys.readouterr().err
+        assert shown("--step", "3", "--rolled-back") == [(3, 0)]
+        ledger.reconcile(None, 3)
+        assert flowctl(["samples", "toy"]) == 1
+        assert "all steps with samples were rolled back" in capsys.readouterr().err
+    (run_dir / "ledger.sqlite").write_bytes(b"not a database at all" * 100)
+    assert flowctl(["samples", "toy"]) == 1
+    assert "--rolled-back shows all samples" in capsys.readouterr().err
+    assert shown("--step", "0", "--rolled-back") == [(0, 0)]
 
 
 def test_reading_before_anything_was_written(server, run_dir, capsys):

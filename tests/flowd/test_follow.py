@@ -7,7 +7,7 @@ from fake_daemon import job_status
 from rich.console import Console
 
 from flowd.errors import DaemonLost, JobFailed
-from flowd.follow import conclude, live_table, make_view, news_line
+from flowd.follow import conclude, live_table, make_view, news_line, step_line
 from flowd.watched import Watched
 
 
@@ -26,6 +26,19 @@ def test_the_table_shows_step_reward_staleness_and_waits():
     text = rendered(watched)
     for part in ("toy: running", "2/4", "0.500", "1,234", "rollout    work 75%", "env-1      gone"):
         assert part in text
+
+
+def test_numbers_that_are_none_are_shown_as_such():
+    """A step whose loss or reward was NaN has null there; the last such step is the one to look at."""
+    watched = Watched("toy", state="failed", steps=4)
+    keys = ("reward_mean", "tokens_per_s", "seconds", "loss", "rollout_work_s")
+    step = {"step": 2, "policy_version": 3, "staleness_max": 0, **dict.fromkeys(keys)}
+    watched.apply({"event": "step", "metrics": {**step, "rollout_wait_weights_s": 1.0}})
+    assert step_line(watched) == (
+        "step=2/4  reward=     -  staleness=0  tokens_per_s=      -  seconds=     -"
+        "  [rollout: work 0%, waits for weights 100%]"
+    )
+    assert "3/4" in rendered(watched)
 
 
 def test_the_actors_of_an_ended_job_are_not_missed():
