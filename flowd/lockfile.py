@@ -5,10 +5,12 @@ a stale one misleads nobody. A child that is forked (not exec'ed) while flowd ru
 descriptor, or it would keep the lock of a dead flowd: `HeldLock.fileno` is for that.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +89,24 @@ def holder(lock: Path) -> Holder | None:
     finally:
         os.close(descriptor)
     return None
+
+
+@contextlib.contextmanager
+def kept_free(lock: Path) -> Iterator[bool]:
+    """Whether no flowd runs; then none starts inside the block, which may take milliseconds at most."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # with its whole state directory
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def _read(descriptor: int) -> Holder:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from actors.job_config import JobConfig
 from channels.endpoint import Endpoint
+from flowd import leftovers
 from flowd.control import ENDED
 from flowd.devices import Device
 from flowd.errors import FlowdError, RequestError
@@ -166,6 +167,7 @@ class NodeJobs:
         for directory in self._paths.weights.iterdir():
             if directory.name not in self.known:
                 shutil.rmtree(directory, ignore_errors=True)
+        leftovers.clear_aside(self._paths)
         self.leases.resend()
         self.leases.on_change = self._save_leases
         self._save_leases()

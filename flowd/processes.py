@@ -217,6 +217,7 @@ class ZygoteClient:
         self._socket_path = socket_path = _private(runtime_dir(state_dir)) / SOCKET_NAME
         await asyncio.to_thread(linux.kill_tagged, TAG_VARIABLE, str(socket_path))
         command = [sys.executable, "-m", "flowd.zygote", "--socket", str(socket_path)]
+        command += ["--state-dir", str(state_dir)]
         command += ["--orphan-grace-s", str(orphan_grace_s), "--preload", ",".join(preload)]
         ours, theirs = socket.socketpair()
         ours.setblocking(False)

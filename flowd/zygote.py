@@ -3,9 +3,11 @@
 It is the parent of every actor, so that actors outlive flowd but not the zygote. It decides
 nothing: flowd says what to start and when to stop. One thread, no asyncio, never touches a device.
 
-    flowd dies     no more forks; after the grace without a new flowd: SIGTERM, SIGKILL, exit
+    flowd dies     no more forks; after the grace without a new flowd: SIGTERM, SIGKILL, then it
+                   removes what flowd left (weights in shared memory, sockets), exit
     zygote dies    the kernel kills every actor (parent death signal); flowd sweeps up what they
-    started an actor ends  its process group is killed, and whatever it orphaned
+                   started
+    an actor ends  its process group is killed, and whatever it orphaned
 """
 
 import argparse
@@ -23,7 +25,8 @@ import time
 from collections import OrderedDict, deque
 from pathlib import Path
 
-from flowd import linux
+from flowd import leftovers, linux
+from flowd.paths import StatePaths
 from flowd.zygote_child import become_actor, link_our_packages
 from flowd.zygote_messages import (
     PROTOCOL_VERSION,
@@ -122,6 +125,11 @@ class Zygote:
                 key.data()
             self._reap()
             self._act_on_time(time.monotonic())
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether no flowd is there."""
+        return self._connection is None
 
     # --- time
 
@@ -444,6 +452,7 @@ def main() -> int:
     """Entry of `python -m flowd.zygote`."""
     parser = argparse.ArgumentParser(description="flowd's fork server; started by flowd")
     parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--state-dir", type=Path, required=True)
     parser.add_argument("--orphan-grace-s", type=float, required=True)
     parser.add_argument("--preload", default="", help="module,module,...")
     parser.add_argument(
@@ -474,10 +483,13 @@ def main() -> int:
         log.warning("%s", warning)
     gc.collect()
     gc.freeze()
+    zygote = Zygote(options.socket, listener, connection, options.orphan_grace_s, warnings)
     try:
-        Zygote(options.socket, listener, connection, options.orphan_grace_s, warnings).run()
+        zygote.run()
     finally:
         options.socket.unlink(missing_ok=True)
+    if zygote.orphaned:
+        leftovers.clear(StatePaths(options.state_dir))
     return 0
 
 

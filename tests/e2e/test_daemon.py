@@ -30,6 +30,18 @@ def test_restarted_flowd_takes_running_actors_over(flowd: Flowd) -> None:
     flowd.check_done("unseen", steps=30)
 
 
+def test_killed_flowd_that_nobody_follows_leaves_nothing(own_flowd: Flowd) -> None:
+    """The fork server ends the actors after the grace, and frees the shared memory of their weights."""
+    own_flowd.up("--orphan-grace-s", "1")
+    own_flowd.submit("left", "job.steps=100000")
+    own_flowd.wait_step("left", 3)
+    assert list(own_flowd.paths.weights.rglob("*.safetensors"))
+    own_flowd.kill()
+    own_flowd.wait_gone()
+    assert own_flowd.left_behind() == []
+    assert not list(own_flowd.paths.weights.parent.glob(f"{own_flowd.paths.weights.name}*"))
+
+
 def test_flowd_with_other_devices_takes_no_actors_over(own_flowd: Flowd) -> None:
     """Actors hold leases on devices that this flowd does not have: they are stopped, the job can be resumed."""
     own_flowd.up()
