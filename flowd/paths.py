@@ -75,6 +75,11 @@ class RunPaths:
         return self.root / "spans.jsonl"
 
     @property
+    def spans_before(self) -> Path:
+        """The part that was set aside when spans.jsonl was full."""
+        return self.root / "spans.1.jsonl"
+
+    @property
     def ledger(self) -> Path:
         return self.root / "ledger.sqlite"
 

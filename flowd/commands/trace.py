@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 
 NAME = "trace"
@@ -17,14 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from flowd.console import hint, print_json
     from flowd.errors import RequestError
-    from flowd.runs import existing_run, json_lines, paths_of
-    from flowd.trace import chrome_trace
+    from flowd.runs import existing_run, paths_of
+    from flowd.trace import chrome_trace, read_spans
 
     run_paths = existing_run(paths_of(args), args.job)
     missing = (
         f'job "{args.job}" has no spans yet ({run_paths.spans}): they come with its first step'
     )
-    trace = chrome_trace(json_lines(run_paths.spans, missing))
+    kept, complete_from = read_spans(run_paths, missing)
+    trace = chrome_trace(kept, complete_from)
     output = Path(args.output or f"{args.job}.trace.json")
     # Whole or not at all: a viewer may be opening the file of the last call.
     partial = output.with_name(output.name + ".part")
@@ -37,8 +39,11 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     spans = sum(event["ph"] == "X" for event in trace["traceEvents"])
     if args.json:
-        print_json({"file": str(output.resolve()), "spans": spans})
+        print_json({"file": str(output.resolve()), "spans": spans, "complete_from": complete_from})
     else:
         print(output)
+        if complete_from is not None:
+            moment = datetime.fromtimestamp(complete_from).astimezone()
+            hint(f"older spans were dropped; all are there from {moment:%Y-%m-%d %H:%M:%S %Z} on")
         hint(f"{spans} spans; open it at https://ui.perfetto.dev or chrome://tracing")
     return 0

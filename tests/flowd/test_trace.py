@@ -1,11 +1,16 @@
 """Timelines that Perfetto opens."""
 
 import json
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowd.trace import chrome_trace
+from actors.spans import SpanWriter
+from flowd.errors import FlowdError
+from flowd.paths import RunPaths
+from flowd.trace import chrome_trace, read_spans
 
 SPANS = [
     {"actor": "trainer-0", "name": "step", "start": 100.0, "seconds": 2.0, "args": {"step": 1}},
@@ -55,3 +60,34 @@ def test_spans_of_one_thread_nest(pairs):
 def test_a_job_that_did_nothing_gives_an_empty_timeline():
     """Only the name of the devices' process."""
     assert [e["ph"] for e in chrome_trace([])["traceEvents"]] == ["M"]
+
+
+def test_a_timeline_says_from_when_on_it_is_complete(tmp_path: Path) -> None:
+    """Nothing was dropped while there are two parts; afterwards the moment is told, and marked in the timeline."""
+    run_paths = RunPaths(tmp_path)
+    with pytest.raises(FlowdError, match="none yet"):
+        read_spans(run_paths, "none yet")
+    writer = SpanWriter(run_paths.spans, "env-0", part_bytes=1000)
+    written = 0
+    while not run_paths.spans_before.exists():
+        writer.add("step", float(written), 0.5)
+        writer.flush()
+        written += 1
+    spans, complete_from = read_spans(run_paths, "")
+    assert ([span["start"] for span in spans], complete_from) == (list(range(written)), None)
+    first_part = run_paths.spans_before.stat().st_ino
+    while run_paths.spans_before.stat().st_ino == first_part:
+        writer.add("step", float(written), 0.5)
+        writer.flush()
+        written += 1
+    spans, complete_from = read_spans(run_paths, "")
+    assert 0 < len(spans) < written
+    assert [span["start"] for span in spans] == list(range(written))[-len(spans) :]
+    assert complete_from is not None
+    trace = chrome_trace(spans, complete_from)
+    (mark,) = [e for e in trace["traceEvents"] if e["ph"] == "i"]
+    origin = trace["otherData"]["origin_unix_s"]
+    assert mark["ts"] == pytest.approx((complete_from - origin) * 1e6)
+    assert trace["otherData"]["complete_from_unix_s"] == complete_from
+    run_paths.spans.unlink()  # between setting a part aside and writing the next one
+    assert read_spans(run_paths, "")[1] == complete_from
