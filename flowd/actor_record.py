@@ -80,6 +80,17 @@ def records_of(replica: Replica) -> list[ActorRecord]:
     ]
 
 
+def replica_of(ranks: list[ActorRecord]) -> Replica:
+    """The replica of these ranks: the way back from `records_of`."""
+    first = ranks[0]
+    return Replica(
+        id=first.replica,
+        stage=first.kind,
+        index=int(first.replica.rpartition("-")[2]),
+        devices=tuple(device for rank in ranks for device in rank.devices),
+    )
+
+
 def meet(one: ActorRecord, other: ActorRecord) -> bool:
     """Whether two actors are introduced: kinds that talk, and ranks of one replica."""
     if one.kind == "trainer" and other.kind == "trainer":

@@ -8,6 +8,7 @@ restarted (`supervisor`), what is issued and when the job is over (the conductor
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from actors.job_config import JobConfig
@@ -28,12 +29,12 @@ from channels.lifecycle import (
     Ready,
 )
 from channels.messages import Message
-from flowd.actor_record import ActorRecord, Process, Spawner
+from flowd.actor_record import ActorRecord, Process, Spawner, replica_of
 from flowd.devices import Device
 from flowd.introductions import Introductions
 from flowd.leasing import LeaseShell
 from flowd.paths import JobPlaces
-from flowd.planner import Plan, Replica
+from flowd.planner import Plan
 from flowd.roster import Roster
 from flowd.scaling import Scaling
 from flowd.supervisor import Supervisor
@@ -107,6 +108,7 @@ class Job:
             self._introductions,
             emit=emit,
             save=lambda: on_change(self),
+            fail=self._fail,
             ended=self.ended,
         )
 
@@ -205,29 +207,25 @@ class Job:
         """
         if self.state == "starting":
             self._set_state("running")
-        planned = {replica.id for replica in self.plan.replicas}
-        there = {record.replica for record in self.actors.values()}
-        leaving = [
-            r for r in self.actors.values() if r.kind != "conductor" and r.replica not in planned
-        ]
-        missing = [replica for replica in self.plan.replicas if replica.id not in there]
         table = self._leases.table
-        for replica in self.plan.replicas:
-            if replica.id in there:
-                known = table.lease(self._roster.lease_name(replica.id)) is not None
-                self._supervisor.lease(replica, known=known)
+        there = {record.replica for record in self.actors.values() if record.kind != "conductor"}
+        planned = {replica.id: replica for replica in self.plan.replicas}
+        beyond = [replica_of(self._roster.ranks(name)) for name in sorted(there - planned.keys())]
+        before = [planned[name] for name in planned if name in there] + beyond
+        for replica in before:
+            known = table.lease(self._roster.lease_name(replica.id)) is not None
+            self._supervisor.lease(replica, known=known)
         for lease in list(table):
             name, _, left = lease.replica.partition("/")
-            if name != self.name or left in planned:
-                continue
-            if left in there:
-                stage = next(r.kind for r in leaving if r.replica == left)
-                held = Replica(id=left, stage=stage, index=0, devices=lease.devices)
-                self._supervisor.lease(held, known=True)
-            else:
+            if name == self.name and left not in there:
                 self._leases.remove(lease.replica)
-        if leaving or missing:
-            self._tasks.start(self._scaling.go_on(leaving, missing), "settle")
+        missing = [replica for replica in self.plan.replicas if replica.id not in there]
+        if beyond or missing:
+            leaving = [rank for replica in beyond for rank in self._roster.ranks(replica.id)]
+            going_on = self._scaling.go_on(
+                leaving, missing, replace(self.plan, replicas=tuple(before))
+            )
+            self._tasks.start(going_on, "settle")
 
     # Messages.
 

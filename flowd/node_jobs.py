@@ -124,9 +124,9 @@ class NodeJobs:
         try:
             await job.start()
         except BaseException as error:
-            await job.end("failed", f"its actors could not be started: {_first(error)}")
-            if isinstance(error, FlowdError | BaseExceptionGroup):
-                raise FlowdError(f'job "{job.name}" did not start: {_first(error)}') from error
+            await job.end("failed", f"its actors could not be started: {error}")
+            if isinstance(error, FlowdError):
+                raise FlowdError(f'job "{job.name}" did not start: {error}') from error
             raise
         finally:
             self._launching.discard(job.name)
@@ -191,10 +191,3 @@ class NodeJobs:
     def _save_leases(self) -> None:
         with noting():
             self._store.put_document("leases", self.leases.table.snapshot())
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first leaf of a group of errors."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -1,19 +1,21 @@
 """Changes of a running job's plan: which replicas leave, which start, in which order. `planner` decides what.
 
-A trainer commits before it leaves, so that its successor goes on from there.
+A trainer commits before it leaves, so that its successor goes on from there. A change that cannot be carried out is
+taken back: the job goes on with the replicas that it had.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from channels.lifecycle import HandOver
 from flowd.actor_record import ActorRecord
 from flowd.devices import Device
-from flowd.errors import RequestError
+from flowd.errors import FlowdError, RequestError
 from flowd.introductions import Introductions
-from flowd.planner import Replica, plan_scale
+from flowd.planner import Plan, Replica, plan_scale
 from flowd.roster import Roster
 from flowd.supervisor import Supervisor
 
@@ -22,7 +24,7 @@ FIRST_OUTPUT_S = 120.0
 
 
 class Scaling:
-    """One per job. ended: the job's; save: called when the plan is carried out."""
+    """One per job. ended: the job's; save: called when the plan is carried out; fail: the job cannot go on."""
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class Scaling:
         *,
         emit: Callable[[str, dict[str, Any]], None],
         save: Callable[[], None],
+        fail: Callable[[str, str | None], None],
         ended: asyncio.Event,
     ) -> None:
         self._roster = roster
@@ -39,6 +42,7 @@ class Scaling:
         self._introductions = introductions
         self._emit = emit
         self._save = save
+        self._fail = fail
         self._ended = ended
         self._busy = asyncio.Lock()
         self._handed_over: asyncio.Future[None] | None = None
@@ -63,8 +67,10 @@ class Scaling:
         for device in idle:
             roster.devices[device.id] = device
         leaving = [r for r in roster.actors.values() if r.replica in decision.stop]
-        roster.plan = decision.plan
-        started, drained = await self._exchange(leaving, decision.start, f"scale {stage}={change}")
+        before, roster.plan = roster.plan, decision.plan
+        started, drained = await self._exchange(
+            leaving, decision.start, f"scale {stage}={change}", before
+        )
         await self._all_events([r.ready_event for r in started])
         ready = time.monotonic()
         delivered = await self._all_events([r.output_event for r in started])
@@ -82,11 +88,16 @@ class Scaling:
         self._emit("scale", {"stage": stage, "change": change, **result})
         return result
 
-    async def go_on(self, leaving: list[ActorRecord], missing: list[Replica]) -> None:
+    async def go_on(self, leaving: list[ActorRecord], missing: list[Replica], before: Plan) -> None:
         """Carry out what an earlier flowd had begun: it saved the plan before it did any of it."""
         async with self._busy:
             await self._all_events([self._roster.actors["conductor"].ready_event])
-            started, _ = await self._exchange(leaving, missing, "a scale that was begun goes on")
+            try:
+                why = "a scale that was begun goes on"
+                started, _ = await self._exchange(leaving, missing, why, before)
+            except FlowdError as error:
+                self._emit("scale", {"error": str(error)})  # nobody waits for it any more
+                return
         self._emit(
             "scale",
             {"started": [r.name for r in started], "stopped": [r.name for r in leaving]},
@@ -98,19 +109,50 @@ class Scaling:
             self._handed_over.set_result(None)
 
     async def _exchange(
-        self, leaving: list[ActorRecord], start: Iterable[Replica], why: str
+        self, leaving: list[ActorRecord], start: Iterable[Replica], why: str, before: Plan
     ) -> tuple[list[ActorRecord], float]:
-        """Stop some, start others. Returns those started, and when the others were gone (monotonic)."""
+        """Stop some, start others. Returns those started, and when the others were gone (monotonic).
+
+        before: the plan to return to when one cannot be started, which raises FlowdError
+        """
         # What needs no device of those that leave starts while they drain.
         held = {device for record in leaving for device in record.devices}
         early = [r for r in start if not held & set(r.devices) and r.stage != "trainer"]
-        started = await self._supervisor.add(early)
-        if any(record.kind == "trainer" for record in leaving):
-            await self._hand_over(next(r.replica for r in leaving if r.kind == "trainer"))
-        await self._supervisor.remove(leaving, why)
-        drained = time.monotonic()
-        started += await self._supervisor.add([r for r in start if r not in early])
+        started: list[ActorRecord] = []
+        gone: list[ActorRecord] = []
+        try:
+            started += await self._supervisor.add(early)
+            if any(record.kind == "trainer" for record in leaving):
+                await self._hand_over(next(r.replica for r in leaving if r.kind == "trainer"))
+            await self._supervisor.remove(leaving, why)
+            gone, drained = leaving, time.monotonic()
+            started += await self._supervisor.add([r for r in start if r not in early])
+        except FlowdError as error:
+            if self._roster.ending is not None:
+                raise
+            await self._take_back(started, gone, before, error)
+            raise FlowdError(
+                f'{why}: {error}; job "{self._roster.job}" goes on as before'
+            ) from error
         return started, drained
+
+    async def _take_back(
+        self, started: list[ActorRecord], gone: list[ActorRecord], before: Plan, error: FlowdError
+    ) -> None:
+        """Return to the plan before a change that could not be carried out."""
+        roster = self._roster
+        # Ids are not used again, not even those of replicas that never came up.
+        roster.plan = replace(before, next_index=roster.plan.next_index)
+        await self._supervisor.remove(started, "its scale failed")
+        try:
+            await self._supervisor.bring_back(gone)
+        except FlowdError as again:
+            names = ", ".join(record.name for record in gone)
+            self._fail(f"{names} made way for a scale that failed and cannot return: {again}", None)
+            raise FlowdError(
+                f'{error}; job "{roster.job}" fails, as {names} cannot return'
+            ) from again
+        self._save()
 
     async def _hand_over(self, replica: str) -> None:
         """Have the trainer commit at a step boundary."""

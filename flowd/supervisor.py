@@ -87,7 +87,7 @@ class Supervisor:
             await self._spawn_all(records)
 
     async def add(self, replicas: Iterable[Replica]) -> list[ActorRecord]:
-        """Start replicas of a job that runs."""
+        """Start replicas of a job that runs: all of them, or none and the FlowdError that says why."""
         records = []
         async with self._replacing:
             self._roster.refuse_when_ending("scaled")
@@ -96,20 +96,42 @@ class Supervisor:
                 for record in records_of(replica):
                     self._roster.actors[record.name] = record
                     records.append(record)
-            await self._spawn_all(records)
-            if self._roster.ending is not None:
-                self._release(replicas)
-            self._roster.refuse_when_ending("scaled")
+            await self._spawn_or_drop(records)
         return records
 
     async def remove(self, leaving: list[ActorRecord], why: str) -> None:
         """Stop actors for good and give their leases back."""
         async with self._replacing:  # one that is being restarted can be stopped once it is there
             await self.stop([r for r in leaving if r.state != "gone"], why)
-            for replica in {record.replica for record in leaving if record.devices}:
-                self._leases.remove(self._roster.lease_name(replica))
-            for record in leaving:
-                self._roster.actors.pop(record.name, None)
+            self._drop(leaving)
+
+    async def bring_back(self, removed: list[ActorRecord]) -> None:
+        """Start actors again that were removed; their replicas are in the plan again."""
+        async with self._replacing:
+            self._roster.refuse_when_ending("scaled")
+            back = {record.replica for record in removed}
+            for replica in self._roster.plan.replicas:
+                if replica.id in back:
+                    self.lease(replica)
+            for record in removed:
+                self._roster.actors[record.name] = record
+                _renew(record)
+            await self._spawn_or_drop(removed)
+
+    async def _spawn_or_drop(self, records: list[ActorRecord]) -> None:
+        try:
+            await self._spawn_all(records)
+            self._roster.refuse_when_ending("scaled")
+        except BaseException:
+            await self._kill([r for r in records if r.state != "gone"])
+            self._drop(records)
+            raise
+
+    def _drop(self, records: list[ActorRecord]) -> None:
+        for replica in {record.replica for record in records if record.devices}:
+            self._leases.remove(self._roster.lease_name(replica))
+        for record in records:
+            self._roster.actors.pop(record.name, None)
 
     def lease(self, replica: Replica, *, known: bool = False) -> None:
         """Enter a replica with devices into the lease table; known: it is there already."""
@@ -123,11 +145,6 @@ class Supervisor:
             spans=self._roster.places.run_dir / "spans.jsonl",
             known=known,
         )
-
-    def _release(self, replicas: Iterable[Replica]) -> None:
-        for replica in replicas:
-            if replica.devices:
-                self._leases.remove(self._roster.lease_name(replica.id))
 
     def adopt(self, record: ActorRecord, process: Process) -> None:
         """An actor of an earlier flowd that still runs: it will say hello."""
@@ -147,9 +164,13 @@ class Supervisor:
         )
 
     async def _spawn_all(self, records: list[ActorRecord]) -> None:
-        async with asyncio.TaskGroup() as group:
-            for record in records:
-                group.create_task(self._spawn_one(record))
+        """Raises what the first that failed raised; the others may be there or not."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for record in records:
+                    group.create_task(self._spawn_one(record))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     async def _spawn_one(self, record: ActorRecord) -> None:
         record.state = "starting"
@@ -259,9 +280,8 @@ class Supervisor:
                 return  # it was to leave anyway
             try:
                 await self._replace_now(record, how)
-            except* FlowdError as errors:
-                why = f"{record.name} ({how}) could not be started again: {errors.exceptions[0]}"
-                self._fail(why, None)
+            except FlowdError as error:
+                self._fail(f"{record.name} ({how}) could not be started again: {error}", None)
 
     async def _replace_now(self, record: ActorRecord, how: str) -> None:
         failure = record.failure
@@ -285,15 +305,13 @@ class Supervisor:
             self._on_conductor_replaced()
         replaced = {r.replica for r in again}
         replicas = [r for r in self._roster.plan.replicas if r.id in replaced]
-        self._release(replicas)
+        for replica in replicas:
+            if replica.devices:
+                self._leases.remove(self._roster.lease_name(replica.id))
         for replica in replicas:
             self.lease(replica)
         for other in again:
-            other.epoch += 1
-            other.restarts += 1
-            other.address = ""
-            other.ready_event.clear()
-            other.process = None
+            _renew(other)
         await self._spawn_all(again)
 
     def _refusal(self, record: ActorRecord, how: str) -> str | None:
@@ -370,6 +388,15 @@ class _ReplicaRanks:
         for record in self._roster.ranks(self._replica):
             if record.process is not None:
                 record.process.kill()
+
+
+def _renew(record: ActorRecord) -> None:
+    """Another life begins."""
+    record.epoch += 1
+    record.restarts += 1
+    record.address = ""
+    record.ready_event.clear()
+    record.process = None
 
 
 def _remove_socket(address: str) -> None:

@@ -1,7 +1,9 @@
 """`flowctl scale` while a job runs: devices move between stages and nothing of the work is lost."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +107,21 @@ def test_request_beyond_what_there_is_changes_nothing(flowd: Flowd) -> None:
             assert len(refused.stderr.splitlines()) == 1
             assert refused.stdout == ""
         assert [(actor["name"], actor["pid"]) for actor in flowd.actors(name)] == before
+
+
+def test_interpreter_that_vanished_leaves_the_job_as_it_was(flowd: Flowd, tmp_path: Path) -> None:
+    """The actor that cannot be started is not there, its caller is told why, and the next one can be."""
+    name = "scale-vanished"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with running(flowd, name, f"env.python={python}"):
+        before = [(actor["name"], actor["pid"]) for actor in flowd.actors(name)]
+        python.rename(tmp_path / "gone")
+        failed = flowd.ctl("scale", "env=+1", "--job", name, "--wait")
+        assert failed.returncode == 1
+        assert f"python = '{python}' cannot be executed" in failed.stderr
+        assert f'job "{name}" goes on as before' in failed.stderr
+        assert [(actor["name"], actor["pid"]) for actor in flowd.actors(name)] == before
+        (tmp_path / "gone").rename(python)
+        assert scale(flowd, name, "env=+1")["started"] == ["env-3"]

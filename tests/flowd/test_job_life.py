@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 
 from channels.endpoint import InlineHub
-from channels.lifecycle import ActorSpec, Failed, HandOver, Hello, JobEvent, Ready, Stop
+from channels.lifecycle import (
+    ActorSpec,
+    Failed,
+    FirstOutput,
+    HandedOver,
+    HandOver,
+    Hello,
+    JobEvent,
+    Ready,
+    Stop,
+)
 from channels.messages import Message
 from flowd import supervisor
 from flowd.actor_record import ActorRecord, Process
@@ -22,6 +32,7 @@ from flowd.leases import LeaseTable
 from flowd.leasing import LeaseShell
 from flowd.paths import JobPlaces
 from flowd.planner import Plan, plan
+from flowd.processes import SpawnError
 
 CONFIG = parse_job(
     '[job]\nname = "toy"\nsteps = 9\n[env]\ntask = "arithmetic"\n[model]\nhidden_size = 32\n', "toy"
@@ -58,6 +69,8 @@ class Actor:
         )
         self._endpoint.send("flowd", hello)
         self._endpoint.send("flowd", Ready(**who))
+        if node.delivers:
+            self._endpoint.send("flowd", FirstOutput(**who))
 
     def kill(self) -> None:
         self._exit("killed")
@@ -72,6 +85,10 @@ class Actor:
         failed = Failed(**who, error=error, traceback=f"Traceback of {error}", during_setup=False)
         self._endpoint.send("flowd", failed)
         asyncio.get_running_loop().call_soon(self._exit, "exited with code 1")
+
+    def hands_over(self) -> None:
+        """Say, as a conductor, that the trainer has committed."""
+        self._endpoint.send("flowd", HandedOver(job=self.spec.job, replica="trainer-0"))
 
     def commits(self, step: int) -> None:
         """Say, as a conductor, that a step was committed."""
@@ -98,6 +115,8 @@ class Node:
         self.gate = asyncio.Event()
         self.gate.set()
         self.waiting = asyncio.Event()  # a spawn waits at the gate
+        self.refused: set[str] = set()  # actors that cannot be started
+        self.delivers = False  # actors have something to deliver at once
         self.endpoint = self.hub.endpoint("flowd")
         self.endpoint.on_message = self._receive
         self.devices = inventory("cpu:8@1GiB")
@@ -127,6 +146,8 @@ class Node:
         )
 
     async def _spawn(self, spec: ActorSpec, python: str | None) -> Process:
+        if spec.actor in self.refused:
+            raise SpawnError("out of processes")
         if not self.gate.is_set():
             self.waiting.set()
             await self.gate.wait()
@@ -161,6 +182,16 @@ class Node:
     def idle(self) -> list[Any]:
         used = self.job.plan.devices()
         return [device for device in self.devices if device.id not in used]
+
+
+async def scaled(node: Node, stage: str, change: str) -> dict[str, Any]:
+    """Scale a job whose trainer commits when it is asked to."""
+    scaling = asyncio.create_task(node.job.scale(stage, change, node.idle(), None))
+    conductor = node.newest("conductor")
+    if stage == "trainer":
+        await node.until(lambda: any(isinstance(m, HandOver) for m in conductor.told))
+        conductor.hands_over()
+    return await scaling
 
 
 def test_a_job_that_is_ended_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
@@ -258,6 +289,71 @@ def test_an_actor_that_is_restarted_can_be_scaled_away(tmp_path: Path) -> None:
         assert "toy/rollout-1" not in node.leases_held()
         await node.job.end("cancelled", "over")
         assert node.alive() == []
+
+    run(main)
+
+
+def test_a_scale_that_cannot_start_an_actor_changes_nothing(tmp_path: Path) -> None:
+    """The caller is told; what was started with it is gone, and so are the leases."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        await node.job.start()
+        await node.all_ready()
+        before, alive, leases = node.job.plan.replicas, node.alive(), node.leases_held()
+        node.refused = {"rollout-3"}
+        with pytest.raises(FlowdError) as raised:
+            await node.job.scale("rollout", "+2", node.idle(), None)
+        assert str(raised.value) == (
+            'scale rollout=+2: out of processes; job "toy" goes on as before'
+        )
+        assert node.job.plan.replicas == before
+        assert node.alive() == sorted(node.job.actors) == alive
+        assert node.leases_held() == leases
+        assert node.job.state == "running"
+        node.delivers = True
+        done = await scaled(node, "rollout", "+1")
+        assert done["started"] == ["rollout-4"], "names are never used twice"
+        await node.job.end("cancelled", "over")
+
+    run(main)
+
+
+def test_what_made_way_for_a_scale_that_failed_returns(tmp_path: Path) -> None:
+    """The trainer had left, its successor cannot be started: the job goes on with the old one."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        await node.job.start()
+        await node.all_ready()
+        before, alive, leases = node.job.plan.replicas, node.alive(), node.leases_held()
+        node.refused = {"trainer-1.1"}
+        with pytest.raises(FlowdError, match="goes on as before"):
+            await scaled(node, "trainer", "+1")
+        assert [a.spec.epoch for a in node.started if a.spec.actor == "trainer-0"] == [0, 1]
+        assert node.job.plan.replicas == before
+        assert node.alive() == sorted(node.job.actors) == alive
+        assert node.leases_held() == leases
+        await node.all_ready()
+        await node.job.end("cancelled", "over")
+
+    run(main)
+
+
+def test_a_job_whose_trainer_cannot_return_fails(tmp_path: Path) -> None:
+    """Without a trainer nothing goes on; the reason says how that came."""
+
+    async def main() -> None:
+        node = Node(tmp_path)
+        await node.job.start()
+        await node.all_ready()
+        node.refused = {"trainer-0", "trainer-1"}
+        with pytest.raises(FlowdError, match='job "toy" fails, as trainer-0 cannot return'):
+            await scaled(node, "trainer", "+1")
+        await node.job.ended.wait()
+        assert node.job.state == "failed"
+        assert "trainer-0 made way for a scale that failed" in node.job.reason
+        assert node.alive() == node.leases_held() == []
 
     run(main)
 
