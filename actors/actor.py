@@ -11,6 +11,8 @@ An actor meets its peers only through `self.endpoint` (messages) and `self.route
 import asyncio
 import contextlib
 import logging
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,7 @@ from channels.channel import ChannelRouter
 from channels.endpoint import Endpoint
 from channels.lifecycle import FLOWD, ActorSpec, FirstOutput, Introduce, JobEvent
 from channels.messages import Message
+from channels.work import InCall
 
 T = TypeVar("T")
 
@@ -92,6 +95,7 @@ class Actor:
         self.spans = SpanWriter(self.run_dir / "spans.jsonl", spec.actor)
         self.peers: dict[str, Introduce] = {}
         self._delivered = False
+        self._call: tuple[str, float, int] | None = None  # name, begin (monotonic), thread
         self._worker = (
             None if inline else ThreadPoolExecutor(1, thread_name_prefix=f"{spec.actor}-worker")
         )
@@ -131,7 +135,27 @@ class Actor:
             )  # the other actors of the loop get their turn between two computations
             return function(*args, **kwargs)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, partial(function, *args, **kwargs))
+        return await loop.run_in_executor(
+            self._worker, self._noted, partial(function, *args, **kwargs)
+        )
+
+    def _noted(self, work: "partial[T]") -> T:
+        name = getattr(work.func, "__qualname__", type(work.func).__qualname__)
+        self._call = (name, time.monotonic(), threading.get_ident())
+        try:
+            return work()
+        finally:
+            self._call = None
+
+    def in_call(self) -> InCall:
+        """The blocking call that the worker thread is in, and the line of Python that it has got to."""
+        call = self._call
+        if call is None:
+            return InCall(call="", seconds=0.0)
+        name, began, thread = call
+        frame = sys._current_frames().get(thread)
+        place = f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+        return InCall(call=name + place, seconds=time.monotonic() - began)
 
     async def compute(self, name: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Blocking work on the leased devices: refused without the lease, counted as work, shown in the trace."""

@@ -39,10 +39,12 @@ from channels.lifecycle import (
     heartbeat_interval_s,
 )
 from channels.messages import Message
+from channels.work import AskCall
 
 EXIT_DONE = 0
 EXIT_RAISED = 1
 EXIT_ORPHANED = 3
+MAX_UNMET = 256  # messages of actors not introduced yet; each says a few before it is
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +130,7 @@ class ActorHost:
         cls = actor_class(self.spec.kind)
         if "torch" in sys.modules:
             # Also inline: several computing actors with a thread pool each would fight over the cores.
+            # Where torch is not loaded yet, the entry has told its OpenMP.
             sys.modules["torch"].set_num_threads(self.spec.threads)
         self.actor = cls(self.spec, self.endpoint, self._router, self.lease, inline=self.inline)
         early, self._early = self._early, []
@@ -250,8 +253,19 @@ class ActorHost:
             case Forget():
                 self._unmet.pop(message.peer, None)
                 self.actor.forgotten(message.peer, message.epoch)
+            case AskCall() if sender in self.actor.peers:
+                self.endpoint.send(sender, self.actor.in_call())
             case _ if sender == FLOWD or sender in self.actor.peers:
                 self.actor.on_message(sender, message, payload)
             case _:
                 # The other side was introduced first: it is answered once it is known here too.
-                self._unmet.setdefault(sender, []).append((message, payload))
+                self._wait_for_introduction(sender, message, payload)
+
+    def _wait_for_introduction(self, sender: str, message: Message, payload: Any) -> None:
+        """Keep a message of an actor that is not known yet; strangers may not fill the memory."""
+        self._unmet.setdefault(sender, []).append((message, payload))
+        while sum(map(len, self._unmet.values())) > MAX_UNMET:
+            # flowd introduces both sides in one breath: who has waited longest will not be met any more.
+            longest = next(iter(self._unmet))
+            dropped = self._unmet.pop(longest)
+            log.warning("unmet_dropped sender=%s messages=%d", longest, len(dropped))

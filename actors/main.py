@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 
 import msgspec
@@ -16,6 +17,8 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 def run(argument: bytes) -> int:
     """Called in the fresh process with the MessagePack of an ActorSpec; returns the process's exit code."""
     spec = msgspec.msgpack.decode(argument, type=ActorSpec)
+    # For a torch that is loaded later (`python = …` starts cold): what the user's shell says is about other programs.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(spec.threads)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
     import uvloop
 

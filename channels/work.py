@@ -102,6 +102,17 @@ class RankReply(Message, frozen=True, tag="rank_reply"):
     step: int
 
 
+class AskCall(Message, frozen=True, tag="ask_call"):
+    """Conductor to every other actor, when no step comes: which blocking call are you in? Answered by `InCall`."""
+
+
+class InCall(Message, frozen=True, tag="in_call"):
+    """Actor to conductor: what its worker thread does. The loop says so, also while the call hangs."""
+
+    call: str  # name and place of the call; "" for none
+    seconds: float  # since it began
+
+
 class StageTimes(Message, frozen=True, tag="stage_times"):
     """Env and rollout actors to conductor, once a step: seconds of their life so far, by what they did."""
 

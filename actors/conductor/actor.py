@@ -6,11 +6,12 @@ back to its last commit: a new run attempt begins, and whatever the commit does 
 """
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
 from actors.actor import Actor
-from actors.conductor.guards import Guards
+from actors.conductor.guards import Guards, no_progress
 from actors.conductor.issuing import Issue, Issuer
 from actors.conductor.ledger import Ledger
 from actors.conductor.manifest import newest_manifest
@@ -21,17 +22,20 @@ from channels.messages import Message
 from channels.weights import WeightsPublished
 from channels.work import (
     Admit,
+    AskCall,
     BeginRun,
     CommitAndPause,
     Committed,
     Drop,
     GroupReceived,
+    InCall,
     StageTimes,
     StepDone,
     StepRecorded,
     TrainerReady,
 )
 
+ANSWER_S = 1.0  # an actor's loop is free: one that does not answer by then hangs itself
 SEED_OF_GROUP = 1  # purpose of the key that makes a group's seed
 
 
@@ -69,6 +73,8 @@ class ConductorActor(Actor):
         self.step_began = time.monotonic()
         self.stage_seconds: dict[str, dict[str, float]] = {}  # actor → cumulative seconds by name
         self.stage_seen: dict[str, dict[str, float]] = {}
+        self.calls: dict[str, InCall] = {}  # answers to AskCall
+        self.called = asyncio.Event()
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -106,6 +112,10 @@ class ConductorActor(Actor):
 
     def on_message(self, sender: str, message: Message, payload: Any) -> None:
         """Queue: the ledger is written off the loop, and order matters."""
+        if isinstance(message, InCall):
+            self.calls[sender] = message  # asked for while the queue may not move
+            self.called.set()
+            return
         self.inbox.put_nowait((sender, message))
 
     async def _work(self) -> None:
@@ -382,9 +392,24 @@ class ConductorActor(Actor):
                 async with asyncio.timeout(limit):
                     await self.progress.wait()
             except TimeoutError:
-                self._end(
-                    "failed",
-                    f"no trainer step for {limit:g} s (guards.no_progress_s): "
-                    "`flowctl status` says what each actor waits for",
-                )
+                where = await self._where_it_hangs(limit)
+                if self.progress.is_set():
+                    continue  # meanwhile a step was taken after all
+                self._end("failed", no_progress(limit, where))
                 return
+
+    async def _where_it_hangs(self, limit_s: float) -> dict[str, InCall | None]:
+        """By actor the call that it is in; None for one whose loop does not answer."""
+        self.calls.clear()
+        asked = sorted(self.peers)
+        for name in asked:
+            self.endpoint.send(name, AskCall())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(limit_s, ANSWER_S)):
+                while not self.calls.keys() >= set(asked) & self.peers.keys():
+                    self.called.clear()
+                    await self.called.wait()
+        calls = {name: self.calls.get(name) for name in asked if name in self.peers}
+        return {name.rpartition("/")[2]: call for name, call in calls.items()} | {
+            self.spec.actor: self.in_call()
+        }

@@ -5,6 +5,37 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from actors.conductor.config import GuardsConfig
+from channels.work import InCall
+
+NAMED = 3  # actors in a sentence
+
+
+def no_progress(limit_s: float, calls: Mapping[str, InCall | None]) -> str:
+    """Why a job without a step for so long was ended, and where it hangs.
+
+    calls: by actor the blocking call that it is in; None for one that did not answer
+    """
+    hung = sorted(
+        # What began in this time's second half may come to its end still.
+        (
+            (call.seconds, actor, call.call)
+            for actor, call in calls.items()
+            if call is not None and call.call and call.seconds >= limit_s / 2
+        ),
+        reverse=True,
+    )
+    said = [
+        f"{actor} has been in one blocking call for {seconds:.0f} s ({call})"
+        for seconds, actor, call in hung
+    ]
+    said += [f"{actor} does not answer" for actor, call in calls.items() if call is None]
+    if len(said) > NAMED:
+        said[NAMED:] = [f"and {len(said) - NAMED} more"]
+    where = "; ".join(said) or "no actor hangs in a call"
+    return (
+        f"no trainer step for {limit_s:g} s (guards.no_progress_s): {where}; "
+        "`flowctl status` says what each actor waits for"
+    )
 
 
 class Guards:

@@ -17,15 +17,17 @@ from actors.conductor.manifest import Manifest, write_manifest
 from actors.host import ActorHost
 from actors.job_config import JobConfig
 from channels.channel import Consumer, Item
-from channels.lifecycle import HandedOver, HandOver, JobEvent, JobFinished
+from channels.lifecycle import HandedOver, HandOver, JobEvent, JobFinished, Ready
 from channels.weights import WeightsPublished
 from channels.work import (
     Admit,
+    AskCall,
     BeginRun,
     CommitAndPause,
     Committed,
     Drop,
     GroupReceived,
+    InCall,
     StageTimes,
     StepDone,
     TrainerReady,
@@ -614,6 +616,83 @@ def test_no_step_for_too_long_fails_the_job(run: Run, tmp_path: Path) -> None:
             finished = await waiting
             assert finished.state == "failed"
             assert finished.reason.startswith("no trainer step for 0.05 s (guards.no_progress_s)")
+
+    run(main)
+
+
+def test_a_job_that_hangs_says_where(run: Run, tmp_path: Path) -> None:
+    """The reason names the actor whose simulator does not come back, not those that only wait for it."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def simulator_step() -> None:
+        entered.set()
+        go_on.wait(20.0)
+
+    async def main() -> None:
+        config = conductor_config(guards={"no_progress_s": 0.3})
+        play = Play(tmp_path, config)
+        hung = Stage(tmp_path, "env", config, hub=play.stage.hub, actor="env-1")
+        hung.host = ActorHost(hung.spec, hung.endpoint, inline=False)
+        async with play, hung:
+            await hung.heard(Ready)
+            for one, other in ((play.stage, hung), (hung, play.stage)):
+                one.tell(other.introduction)
+            await play.stage.until(lambda: hung.spec.peer in play.stage.actor.peers)
+            await hung.until(lambda: play.stage.spec.peer in hung.actor.peers)
+            stuck = asyncio.create_task(hung.actor.blocking(simulator_step))
+            await asyncio.to_thread(entered.wait, 20.0)
+            await play.trainer_comes()
+            for peer in (play.env, play.trainer):
+                asked = asyncio.create_task(peer.take(AskCall))
+                asked.add_done_callback(
+                    lambda _, peer=peer: peer.endpoint.send(
+                        play.stage.spec.peer, InCall(call="", seconds=0.0)
+                    )
+                )
+            finished = await play.stage.heard(JobFinished)
+            assert finished.state == "failed"
+            where = finished.reason.partition("(guards.no_progress_s): ")[2]
+            assert where.startswith("env-1 has been in one blocking call for 0 s (")
+            assert "simulator_step at " in where
+            assert "env-0" not in where
+            assert "trainer-0" not in where
+            go_on.set()
+            await stuck
+
+    run(main)
+
+
+def test_an_actor_whose_loop_hangs_is_named(run: Run, tmp_path: Path) -> None:
+    """It cannot say where; that it does not answer is what there is to know."""
+
+    async def main() -> None:
+        async with Play(tmp_path, conductor_config(guards={"no_progress_s": 0.05})) as play:
+            await play.trainer_comes()
+            finished = await play.stage.heard(JobFinished)
+            assert "env-0 does not answer; trainer-0 does not answer; " in finished.reason
+
+    run(main)
+
+
+def test_a_job_that_was_ended_takes_nothing_more(run: Run, tmp_path: Path) -> None:
+    """What is queued behind the message that ended it stays untouched: no group is admitted to a dead job."""
+
+    async def main() -> None:
+        async with Play(tmp_path, conductor_config(job={"max_staleness": 1})) as play:
+            await play.trainer_comes()
+            items = await play.take(4)
+            for item in items[:2]:
+                play.delivered(item.payload)
+            await play.take_admits(2)
+            await play.step_done([0, 1], commit=False, loss=float("nan"))
+            for item in items[2:]:
+                play.delivered(item.payload)  # in the same breath
+            assert (await play.stage.heard(JobFinished)).state == "failed"
+            assert await play.stage.life == 0
+            assert play.stage.actor.inbox.qsize() > 0, "there was something to leave alone"
+            assert [admit.group for admit in play.trainer.of(Admit)] == [0, 1]
+            with Ledger(tmp_path / "ledger.sqlite") as ledger:
+                assert [ledger.current(group) for group in (2, 3)] == [(0, "discarded")] * 2
 
     run(main)
 

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from actors.conductor.config import GuardsConfig
-from actors.conductor.guards import Guards
+from actors.conductor.guards import Guards, no_progress
+from channels.work import InCall
 
 VARIED = [0.0, 1.0]
 
@@ -84,3 +85,23 @@ def test_a_step_without_samples_says_nothing() -> None:
     assert guards.check({}, [1.0]) is None
     assert guards.check({}, []) is None
     assert guards.check({}, [1.0]) is not None
+
+
+def test_no_progress_names_who_hangs_longest_first() -> None:
+    """Calls that began lately are no suspects; who does not answer is; a long list is cut."""
+    calls: dict[str, InCall | None] = {
+        "rollout-0": InCall(call="Engine.step at engine.py:7", seconds=0.2),
+        "trainer-0": InCall(call="", seconds=0.0),
+        "env-0": InCall(call="Arm.step at arm.py:12", seconds=61.0),
+        "env-1": InCall(call="Arm.reset at arm.py:40", seconds=598.4),
+    }
+    assert no_progress(60, calls) == (
+        "no trainer step for 60 s (guards.no_progress_s): "
+        "env-1 has been in one blocking call for 598 s (Arm.reset at arm.py:40); "
+        "env-0 has been in one blocking call for 61 s (Arm.step at arm.py:12); "
+        "`flowctl status` says what each actor waits for"
+    )
+    assert "no actor hangs in a call" in no_progress(1800, calls)
+    silent = dict.fromkeys(("env-2", "env-3"))
+    sentence = no_progress(60, {**calls, **silent})
+    assert "env-2 does not answer; and 1 more; " in sentence

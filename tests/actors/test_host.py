@@ -1,18 +1,25 @@
 """What surrounds an actor: who is heard when, what flowd is told, and with which code it ends."""
 
 import asyncio
+import os
+import subprocess
+import sys
+import textwrap
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 from actor_stage import JOB, Peer, Stage, job_config
 
 from actors import registry
 from actors.actor import Actor
-from actors.host import EXIT_DONE, EXIT_ORPHANED, EXIT_RAISED, ActorHost
+from actors.host import EXIT_DONE, EXIT_ORPHANED, EXIT_RAISED, MAX_UNMET, ActorHost
 from channels.lifecycle import (
+    ActorSpec,
     Failed,
     Forget,
     Heartbeat,
@@ -29,7 +36,7 @@ from channels.lifecycle import (
     Welcome,
 )
 from channels.messages import Message
-from channels.work import StageTimes
+from channels.work import AskCall, InCall, StageTimes
 
 Run = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
@@ -195,6 +202,33 @@ def test_messages_of_a_peer_that_was_forgotten_are_dropped(run: Run, tmp_path: P
             early.endpoint.close()
             again = await own.meet("env-0", "env", epoch=1)
             assert own.actor.log_of_calls[1:] == [("peer", again.name, 1)]
+
+    run(main)
+
+
+def test_strangers_do_not_fill_the_memory(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is not introduced while many others speak is given up first; who spoke last is not."""
+
+    async def main() -> None:
+        async with stage(tmp_path) as own:
+            await own.heard(Ready)
+            strangers = [Peer(own, f"{JOB}/env-{i}", "env", 0, 0) for i in range(4)]
+            for stranger in strangers:
+                stranger.endpoint.connect(own.spec.peer, own.endpoint.address)
+                for number in range(MAX_UNMET // 3):
+                    message = StageTimes(seconds={"work": float(number)})
+                    stranger.endpoint.send(own.spec.peer, message)
+            for stranger in strangers:
+                own.tell(stranger.introduction)
+            await own.until(lambda: strangers[-1].name in own.actor.peers)
+            heard = Counter(entry[0] for entry in own.actor.log_of_calls if entry[0] != "peer")
+            expected = {stranger.name: MAX_UNMET // 3 for stranger in strangers[1:]}
+            assert heard == expected
+            assert f"unmet_dropped sender={strangers[0].name}" in caplog.text
+            for stranger in strangers:
+                stranger.endpoint.close()
 
     run(main)
 
@@ -460,3 +494,102 @@ def test_blocking_work_keeps_the_loop_free(run: Run, tmp_path: Path) -> None:
             assert order == ["long", "second"]
 
     run(main)
+
+
+class Simulator:
+    """Hangs until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def step(self) -> None:
+        self.entered.set()
+        self.go_on.wait(20.0)
+
+
+def test_an_actor_says_where_it_hangs(run: Run, tmp_path: Path) -> None:
+    """Its loop answers while the worker thread is stuck: the call, its line, and for how long."""
+
+    async def main() -> None:
+        own = stage(tmp_path)
+        own.host = process_like(own)
+        async with own:
+            asker = await own.meet("conductor", "conductor")
+            asker.endpoint.send(own.spec.peer, AskCall())
+            assert await asker.take(InCall) == InCall(call="", seconds=0.0)
+            simulator = Simulator()
+            stuck = asyncio.create_task(own.actor.blocking(simulator.step))
+            await asyncio.to_thread(simulator.entered.wait, 20.0)
+            asker.endpoint.send(own.spec.peer, AskCall())
+            first = await asker.take(InCall, 2)
+            assert first.call.startswith("Simulator.step at ")
+            assert "threading.py:" in first.call, "the innermost line of Python"
+            asker.endpoint.send(own.spec.peer, AskCall())
+            assert (await asker.take(InCall, 3)).seconds > first.seconds > 0
+            simulator.go_on.set()
+            await stuck
+            asker.endpoint.send(own.spec.peer, AskCall())
+            assert (await asker.take(InCall, 4)).call == ""
+            assert own.actor.log_of_calls == [("peer", asker.name, 0)], "the kind has no part in it"
+
+    run(main)
+
+
+def test_torch_that_is_loaded_late_has_the_threads_of_the_plan(tmp_path: Path) -> None:
+    """An actor that starts cold, in a shell that says otherwise: `python = …` of a stage."""
+    (tmp_path / "late_kind.py").write_text(
+        textwrap.dedent(
+            """
+            import sys
+            from actors.actor import Actor
+
+            class Late(Actor):
+                async def setup(self):
+                    assert "torch" not in sys.modules
+                    import torch
+                    print(f"threads={torch.get_num_threads()}")
+
+                async def run(self):
+                    return
+            """
+        )
+    )
+    spec = ActorSpec(
+        actor="late-0",
+        job=JOB,
+        kind="late",
+        epoch=0,
+        replica="late-0",
+        rank=0,
+        num_ranks=1,
+        devices=(),
+        replica_devices=(),
+        device_memory_bytes=None,
+        config=msgspec.msgpack.encode(job_config()),
+        run_dir=str(tmp_path),
+        address=f"ipc://{tmp_path}/late.sock",
+        weights_dir=str(tmp_path),
+        cache_dir=str(tmp_path),
+        flowd_address=f"ipc://{tmp_path}/flowd.sock",
+        orphan_grace_s=30.0,
+        threads=1,
+    )
+    (tmp_path / "spec").write_bytes(msgspec.msgpack.encode(spec))
+    entry = (
+        "import pathlib, sys; from actors import main, registry; "
+        "registry.ACTORS['late'] = 'late_kind:Late'; "
+        "sys.exit(main.run(pathlib.Path('spec').read_bytes()))"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    environment |= {"OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "5"}
+    ended = subprocess.run(
+        [sys.executable, "-c", entry],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (EXIT_DONE, "threads=1\n"), ended.stderr
