@@ -9,17 +9,21 @@ array, its dtype, shape and where its bytes are.
 * Arrays below FRAME_BYTES are copied into the pack, 16-byte aligned; larger ones that are
   contiguous are not copied, so they must not be changed until the receiver has acknowledged them.
   Non-contiguous ones are copied.
+* A tuple of several instances of one registered class travels as columns, field by field: what all rows
+  share once, one-dimensional arrays of different lengths packed one after another with their lengths.
+  Decoded rows that are equal in every field may be one object.
 * Decoded numpy arrays are views on the received buffers and hold them alive; whether they may be
   written is not promised. Decoded torch tensors are on the CPU and writable; torch is imported only
   when a tensor occurs.
 """
 
 import dataclasses
+import itertools
 import math
 import operator
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,11 +34,14 @@ from channels.errors import BadFrame
 
 FRAME_BYTES = 16 * 1024  # below it, a copy is cheaper than one more frame on a socket
 MAX_NESTING = 4  # of encoded trees in encoded trees
+MAX_ROWS = 1 << 20  # of one table of columns
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
 
-_CLASS, _TUPLE, _ARRAY, _SCALAR, _TENSOR, _BIG_INT, _ENCODED = range(1, 8)
+_CLASS, _TUPLE, _ARRAY, _SCALAR, _TENSOR, _BIG_INT, _ENCODED, _TABLE = range(1, 9)
+# Kinds of columns: one value for all rows, a list, packed arrays, packed tuples.
+_SHARED, _EACH, _ARRAYS, _TUPLES = range(4)
 
 # Positions in these tables are the wire format: append only.
 _NUMPY_DTYPES = tuple(
@@ -91,6 +98,7 @@ class _Registered:
         self.cls, self.name = cls, name
         self.fields = tuple(f.name for f in dataclasses.fields(cls))
         self.marker = msgpack.ExtType(_CLASS, name.encode())
+        self.table_marker = msgpack.ExtType(_TABLE, name.encode())
         self.values: Callable[[Any], list[Any]]
         if len(self.fields) > 1:
             getter = operator.attrgetter(*self.fields)
@@ -102,6 +110,31 @@ class _Registered:
         if type(values) is not list or len(values) > len(self.fields):
             raise BadFrame(f"{self.name} has the fields {self.fields}, received {values!r:.200}")
         return self.cls(**dict(zip(self.fields, values, strict=False)))
+
+    def make_rows(self, table: Any) -> tuple[Any, ...]:
+        """The instances of a table: the number of rows, then a column for each field."""
+        if type(table) is not list or not table or type(table[0]) is not int:
+            raise BadFrame(f"a table of {self.name} starts with its rows, received {table!r:.200}")
+        count, *columns = table
+        if not 0 < count <= MAX_ROWS or len(columns) > len(self.fields):
+            raise BadFrame(
+                f"a table of {self.name} has up to {MAX_ROWS} rows and {len(self.fields)} columns, "
+                f"received {count} and {len(columns)}"
+            )
+        if all(column[0] == _SHARED for column in columns):
+            row = self.make([column[1] for column in columns])
+            return tuple(itertools.repeat(row, count))
+        fields = self.fields[: len(columns)]
+        cls = self.cls
+        rows = zip(*(_column(column, count) for column in columns), strict=True)
+        return tuple([cls(**dict(zip(fields, row, strict=True))) for row in rows])
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Marks a decoded map as the table of a class."""
+
+    registered: _Registered
 
 
 _classes: dict[type, _Registered] = {}
@@ -144,7 +177,7 @@ def encode(tree: Any) -> Encoded:
     )
     try:
         header: bytes = packer.pack(tree)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TypeError(f"the payload cannot be encoded: {error}") from error
     return Encoded(header, b"".join(encoder.pack), encoder.frames)
 
@@ -186,7 +219,15 @@ class _Encoder:
         if registered is not None:
             return {registered.marker: registered.values(value)}
         if cls is tuple:
-            return {_TUPLE_MARKER: list(value)}
+            registered = _row_class(value)
+            if registered is None:
+                return {_TUPLE_MARKER: list(value)}
+            return {
+                registered.table_marker: [
+                    len(value),
+                    *self._columns(zip(*map(registered.values, value), strict=True)),
+                ]
+            }
         if cls is Encoded:
             return self._encoded(value)
         if isinstance(value, np.generic):
@@ -202,6 +243,25 @@ class _Encoder:
             f"a payload cannot hold a {cls.__module__}.{cls.__qualname__}: register the dataclass "
             "with channels.payload.register, or send dicts, lists, numbers, text and arrays"
         )
+
+    def _columns(self, columns: Iterable[Sequence[Any]]) -> list[list[Any]]:
+        return [
+            [_SHARED, values[0]] if _same(values) else self._column(values) for values in columns
+        ]
+
+    def _column(self, values: Sequence[Any]) -> list[Any]:
+        first = values[0]
+        if type(first) is np.ndarray and first.ndim == 1 and first.nbytes < FRAME_BYTES:
+            dtype = first.dtype
+            if all(type(v) is np.ndarray and v.ndim == 1 and v.dtype == dtype for v in values):
+                return [_ARRAYS, list(map(len, values)), np.concatenate(values)]
+        if type(first) is tuple and all(type(v) is tuple for v in values):
+            rows = tuple(itertools.chain.from_iterable(values))
+            if _row_class(rows) is not None:
+                return [_TUPLES, list(map(len, values)), rows]
+        if _row_class(values) is not None:
+            return [_EACH, tuple(values)]
+        return [_EACH, list(values)]
 
     def _array(self, array: Any) -> Any:
         code = _NUMPY_CODES.get(array.dtype, _OTHER_DTYPE)
@@ -279,15 +339,11 @@ class _Decoder:
         if code == _ARRAY:
             return self._array(data)
         if code == _CLASS:
-            registered = _names.get(data)
-            if registered is None:
-                raise BadFrame(
-                    f"the class {data.decode(errors='replace')} is not registered here: "
-                    "import its module"
-                )
-            return registered
+            return _registered(data)
         if code == _TUPLE:
             return _tuple_mark
+        if code == _TABLE:
+            return _Table(_registered(data))
         if code == _TENSOR:
             return self._tensor(data)
         if code == _SCALAR:
@@ -370,7 +426,68 @@ def _mapping(value: dict[Any, Any]) -> Any:
             return key.make(content)
         if key is _tuple_mark:
             return tuple(content)
+        if type(key) is _Table:
+            return key.registered.make_rows(content)
     return value
+
+
+def _registered(name: bytes) -> _Registered:
+    registered = _names.get(name)
+    if registered is None:
+        raise BadFrame(
+            f"the class {name.decode(errors='replace')} is not registered here: import its module"
+        )
+    return registered
+
+
+def _row_class(values: Sequence[Any]) -> _Registered | None:
+    """The registered class that several values are all of, if so."""
+    if not 1 < len(values) <= MAX_ROWS:
+        return None
+    cls = type(values[0])
+    registered = _classes.get(cls)
+    return registered if registered and all(type(value) is cls for value in values) else None
+
+
+def _same(values: Sequence[Any]) -> bool:
+    """Whether one value can stand for all, in every bit of it."""
+    first = values[0]
+    if all(value is first for value in values):
+        return True
+    cls = type(first)
+    if any(type(value) is not cls for value in values):
+        return False
+    if cls is str or cls is int or cls is bool or cls is bytes:
+        return all(value == first for value in values)
+    if cls is tuple:
+        length = len(first)
+        if any(len(value) != length for value in values):
+            return False
+        return all(map(_same, zip(*values, strict=True)))
+    registered = _classes.get(cls)
+    return registered is not None and all(
+        map(_same, zip(*map(registered.values, values), strict=True))
+    )
+
+
+def _column(column: Any, count: int) -> Sequence[Any]:
+    """A column's value for each of `count` rows."""
+    kind, *content = column
+    if kind == _SHARED:
+        return [content[0]] * count
+    if kind == _EACH:
+        values: Sequence[Any] = content[0]
+    elif kind in (_ARRAYS, _TUPLES):
+        lengths, packed = content
+        ends = list(itertools.accumulate(lengths))
+        if min(lengths, default=0) < 0 or len(packed) != (ends[-1] if ends else 0):
+            raise BadFrame(f"rows of {lengths!r:.100} were packed, received {len(packed)} in all")
+        values = [packed[end - n : end] for n, end in zip(lengths, ends, strict=True)]
+    else:
+        raise BadFrame(f"unknown kind {kind!r:.20} of a column")
+    if type(values) not in (list, tuple) or len(values) != count:
+        raise BadFrame(f"a column of {len(values)} values in a table of {count} rows")
+    return values
 
 
 def _unpack_place(data: bytes) -> tuple[int, tuple[int, ...], int, int, bytes]:

@@ -93,6 +93,7 @@ trees = st.recursive(
         | st.lists(inner, max_size=4).map(tuple)
         | st.dictionaries(st.text() | st.integers(-5, 5), inner, max_size=4)
         | st.builds(lambda xs: Point(xs=xs, more={"k": xs}), inner)
+        | st.lists(st.builds(lambda xs: Point(xs=xs), inner), max_size=4).map(tuple)
     ),
     max_leaves=20,
 )
@@ -193,6 +194,57 @@ def test_registered_class_with_fewer_fields_gets_its_defaults() -> None:
     assert travel(Single(value=(1,))) == Single(value=(1,))
 
 
+def test_rows_of_a_class_travel_as_columns() -> None:
+    """What all rows share is sent once, ragged arrays are packed; every row arrives as it was."""
+    shared = "a prompt that all samples of a group have in common " * 20
+    rows = tuple(
+        Point(
+            xs=np.arange(n, dtype=np.int32),
+            label=shared,
+            more={"turns": (Point(xs=float(n)), Point(xs=np.ones((n, 2))))},
+        )
+        for n in range(40)
+    )
+    encoded = payload.encode(rows)
+    assert len(encoded.header) < 2 * len(shared) + 100 * len(rows)
+    assert identical(travel(rows), rows)
+    assert identical(travel(Single(value=rows)).value, rows)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (0.0, -0.0),
+        (1, True, 1.0),
+        (float("nan"),) * 3,
+        ("a", "a", None),
+        ((), ()),
+        ((Single(1),), (Single(1), Single(2)), ()),
+        ((Single(1),), (2,)),
+        ((Point(xs=(1,)),), (Point(xs=(1.0,)),)),
+        (np.zeros(0, np.int8), np.zeros(3, np.int8)),
+        (np.zeros(2, np.int8), np.zeros(2, np.int16)),
+        (np.zeros(2), np.zeros((2, 2))),
+        (np.zeros(2 * FRAME_BYTES), np.zeros(1)),
+        (torch.ones(2), torch.ones(3)),
+        ({}, {"a": 1}),
+        ([Single(1)], [Single(1)]),
+    ],
+)
+def test_a_column_keeps_every_bit_and_type(values: tuple[Any, ...]) -> None:
+    """Equal is not the same: -0.0, True and 1.0 stay what they are."""
+    arrived = travel(tuple(Single(value) for value in values))
+    assert [type(row) for row in arrived] == [Single] * len(values)
+    for row, value in zip(arrived, values, strict=True):
+        assert repr(row.value) == repr(value)
+
+
+def table_header(*table: Any) -> bytes:
+    """The header of a table of Points with these contents."""
+    packed: bytes = msgpack.packb({msgpack.ExtType(8, f"{__name__}.Point".encode()): list(table)})
+    return packed
+
+
 def test_only_frozen_dataclasses_can_be_registered_and_names_are_unique() -> None:
     """Registration says what is wrong at once."""
 
@@ -272,6 +324,20 @@ def array_header(code: int, shape: tuple[int, ...], frame: int, offset: int) -> 
         msgpack.packb(msgpack.ExtType(4, b"\x01")),
         msgpack.packb(msgpack.ExtType(5, b"\x01\x01\x01")),
         msgpack.packb(msgpack.ExtType(7, b"\x01")),
+        table_header(),
+        table_header(2**40, [0, 1]),
+        table_header(0, [0, 1]),
+        table_header("two", [0, 1]),
+        table_header(2, 5),
+        table_header(2, [0]),
+        table_header(2, [1, [1]]),
+        table_header(2, [1, 5]),
+        table_header(2, [1, {"a": 1, "b": 2}]),
+        table_header(2, [2, [1, 2], [1, 2]]),
+        table_header(2, [2, [-1, 3], [1, 2]]),
+        table_header(2, [9, [1, 2]]),
+        table_header(2, [1, [1, 2]], [0, ""], [0, {}], [0, 1]),
+        msgpack.packb({msgpack.ExtType(8, b"os.system"): [2, [0, "true"]]}),
         msgpack.packb(
             msgpack.ExtType(3, payload._PLACES[1].pack(255, 1, 0, 0, 1) + msgpack.packb("|O"))
         ),
@@ -288,7 +354,12 @@ def test_bytes_that_are_no_payload_are_a_bad_frame(header: bytes) -> None:
 def test_damaged_bytes_never_raise_anything_else(data: st.DataObject) -> None:
     """Flipped bytes decode to something or are a BadFrame."""
     encoded = payload.encode(
-        [{"a": np.arange(4), "b": (1, 2**70)}, Point(xs=torch.ones(2)), np.float32(1)]
+        [
+            {"a": np.arange(4), "b": (1, 2**70)},
+            Point(xs=torch.ones(2)),
+            np.float32(1),
+            tuple(Point(xs=np.arange(n), more={"p": (Single(n), Single(2))}) for n in range(3)),
+        ]
     )
     header = bytearray(encoded.header)
     for _ in range(data.draw(st.integers(1, 3))):
