@@ -120,3 +120,38 @@ class Group:
     def num_tokens(self) -> int:
         """Tokens that the policy sampled in this group."""
         return sum(segment.num_tokens for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One sample of a group in one turn: what the policy is to go on from.
+
+    history: int32 [tokens so far], of every turn before; empty in the first    observation: what is new since then
+    prompt, sampled (with log-probs and versions): what an earlier holder of the request made of it, and `finish` where
+    the sample had already ended
+    """
+
+    sample: int
+    history: Int32
+    observation: Any
+    prompt: Int32 | None = None
+    sampled: Int32 | None = None
+    sampled_logprobs: Float32 | None = None
+    sampled_versions: Int32 | None = None
+    finish: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRequest:
+    """What an env actor asks of a rollout actor: an action for every sample of a group that goes on.
+
+    version: sampled with exactly this policy version if `exact`, else with at least it
+    """
+
+    group: int
+    attempt: int
+    run_attempt: int
+    turn: int
+    version: int
+    exact: bool
+    samples: tuple[SampleRequest, ...]

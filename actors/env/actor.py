@@ -2,13 +2,9 @@
 
 For every ticket it resets one slot per sample with the group's seed, then plays turn by turn: the observations go to a
 rollout actor together with the tokens of the history (opaque here), the actions come back, the environment steps. A
-turn's request is one item on the channel "requests":
-
-    {"group", "attempt", "run_attempt", "turn", "version", "exact",
-     "samples": [{"sample", "history": int32 [tokens so far], "observation"}]}
-
-and is acknowledged with a list of Action, None where the context has no room for another turn. The finished group goes
-to the trainer; when the trainer holds it the ticket is acknowledged.
+turn's request is one item on the channel "requests", a TurnRequest, and is acknowledged with a tuple of Action, None
+where the context has no room for another turn. The finished group goes to the trainer; when the trainer holds it the
+ticket is acknowledged.
 """
 
 import asyncio
@@ -20,7 +16,7 @@ import numpy as np
 
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
-from actors.episodes import Action, Group, Int32, Segment, Turn
+from actors.episodes import Action, Group, Int32, SampleRequest, Segment, Turn, TurnRequest
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.work import StageTimes
@@ -181,19 +177,19 @@ class EnvActor(Actor):
 
     async def _turn(self, ticket: dict[str, Any], turn: int, episodes: list[Episode]) -> None:
         """One turn of every episode that goes on."""
-        request = {
-            "group": ticket["group"],
-            "attempt": ticket["attempt"],
-            "run_attempt": ticket["run_attempt"],
-            "turn": turn,
-            "version": ticket["version"],
-            "exact": ticket["exact"],
-            "samples": [
-                {"sample": e.sample, "history": e.history, "observation": e.observation}
+        request = TurnRequest(
+            group=ticket["group"],
+            attempt=ticket["attempt"],
+            run_attempt=ticket["run_attempt"],
+            turn=turn,
+            version=ticket["version"],
+            exact=ticket["exact"],
+            samples=tuple(
+                SampleRequest(sample=e.sample, history=e.history, observation=e.observation)
                 for e in episodes
-            ],
-        }
-        actions: list[Action | None] = await self.requests.call(
+            ),
+        )
+        actions: tuple[Action | None, ...] = await self.requests.call(
             request, key=str(ticket["group"]), priority=-ticket["step"]
         )
         acting: list[tuple[Episode, Action]] = []

@@ -21,7 +21,7 @@ import numpy as np
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
 from actors.backends.contract import Generation, GenerationEngine, GenerationRequest, Policy
-from actors.episodes import Action, Int32, Sampling
+from actors.episodes import Action, Int32, Sampling, TurnRequest
 from actors.randomness import fold
 from channels.channel import Item
 from channels.errors import VersionGone
@@ -31,6 +31,7 @@ from channels.weights import WeightsDirectory, WeightsPublished
 from channels.work import StageTimes
 
 KEY_OF_SAMPLE = 2  # purpose of the key that a turn's draws come from
+SAMPLED = ("sampled", "sampled_logprobs", "sampled_versions")
 ADVANCE_S = 0.05  # engine steps between two looks at the mailbox
 GATHER_S = 0.002  # an idle engine starts once no request has come for so long
 PREFETCH = (
@@ -50,16 +51,9 @@ class Work:
     results: dict[int, Generation] = field(default_factory=dict)  # by position; may be partial
 
     @property
-    def version(self) -> int:
-        return int(self.item.payload["version"])
-
-    @property
-    def run_attempt(self) -> int:
-        return int(self.item.payload["run_attempt"])
-
-    @property
-    def exact(self) -> bool:
-        return bool(self.item.payload["exact"])
+    def request(self) -> TurnRequest:
+        request: TurnRequest = self.item.payload
+        return request
 
     @property
     def complete(self) -> bool:
@@ -230,7 +224,7 @@ class RolloutActor(Actor):
         finished, self.finished = self.finished, []
         for work, actions in finished:
             work.watch.cancel()
-            work.item.ack(None if work.item.cancelled else actions)
+            work.item.ack(None if work.item.cancelled else tuple(actions))
             self.delivered()
 
     def _version_to_load(self) -> tuple[int, int] | None:
@@ -241,8 +235,16 @@ class RolloutActor(Actor):
         if self.running:
             due = self.config.rollout.adopt == "token" and (attempt, newest) > self.loaded
             return (attempt, newest) if due and (attempt, newest) not in self.gone else None
-        wanted = [w for w in self.pending if w.run_attempt == attempt and w.version <= newest]
-        exact = [w.version for w in wanted if w.exact and (attempt, w.version) not in self.gone]
+        wanted = [
+            w
+            for w in self.pending
+            if w.request.run_attempt == attempt and w.request.version <= newest
+        ]
+        exact = [
+            w.request.version
+            for w in wanted
+            if w.request.exact and (attempt, w.request.version) not in self.gone
+        ]
         if exact:
             # The oldest first: its group is the next to be trained.
             version = min(exact)
@@ -258,13 +260,13 @@ class RolloutActor(Actor):
         fits = [
             w
             for w in self.pending
-            if w.run_attempt == attempt
-            and (w.version == version if w.exact else w.version <= version)
+            if w.request.run_attempt == attempt
+            and (w.request.version == version if w.request.exact else w.request.version <= version)
         ]
         waits_for_newer = any(
-            w.run_attempt == attempt and w.version > version for w in self.pending
+            w.request.run_attempt == attempt and w.request.version > version for w in self.pending
         )
-        if waits_for_newer and not any(w.exact for w in self.pending) and self.running:
+        if waits_for_newer and not any(w.request.exact for w in self.pending) and self.running:
             # Let the engine run empty so that the newer weights can be adopted.
             return []
         return sorted(fits, key=lambda w: (-w.item.priority, w.order))
@@ -357,26 +359,25 @@ class RolloutActor(Actor):
 
     def _prepare(self, work: Work) -> None:
         """Make the engine's requests of a turn: prompts are tokenized here and nowhere else."""
-        payload = work.item.payload
         config = self.config.rollout
-        for sample in payload["samples"]:
-            history: Int32 = sample["history"]
-            if "prompt" in sample:  # handed back by another rollout actor
-                prompt: Int32 = sample["prompt"]
-            else:
-                prompt = self.policy.encode(history, sample["observation"])
+        for sample in work.request.samples:
+            prompt = sample.prompt  # there if another rollout actor handed it back
+            if prompt is None:
+                prompt = self.policy.encode(sample.history, sample.observation)
             work.prompts.append(prompt)
-            context = np.concatenate([history, prompt])
+            context = np.concatenate([sample.history, prompt])
             if len(context) >= config.max_context_tokens:
-                if payload["turn"] == 0:
+                if work.request.turn == 0:
                     raise ValueError(
-                        f"group {payload['group']}: its prompt has {len(context)} tokens and leaves no room in "
+                        f"group {work.request.group}: its prompt has {len(context)} tokens and leaves no room in "
                         f"rollout.max_context_tokens = {config.max_context_tokens}: raise it, or shorten the prompt"
                     )
                 work.requests.append(None)
                 continue
             self.next_id += 1
-            partial = {k: sample[k] for k in sample if k.startswith("sampled")}
+            partial = {
+                name: getattr(sample, name) for name in SAMPLED if sample.sampled is not None
+            }
             request = GenerationRequest(
                 request_id=self.next_id,
                 context=context,
@@ -384,9 +385,9 @@ class RolloutActor(Actor):
                 key=fold(
                     self.config.job.seed,
                     KEY_OF_SAMPLE,
-                    payload["group"],
-                    sample["sample"],
-                    payload["turn"],
+                    work.request.group,
+                    sample.sample,
+                    work.request.turn,
                 ),
                 sampling=self.sampling,
                 stop_tokens=self.policy.stop_tokens,
@@ -394,13 +395,13 @@ class RolloutActor(Actor):
                 **partial,
             )
             work.requests.append(request)
-            if sample.get("finish") in ("stop", "length"):
+            if sample.finish in ("stop", "length"):
                 work.results[len(work.requests) - 1] = Generation(
                     request_id=request.request_id,
                     tokens=request.sampled,
                     logprobs=request.sampled_logprobs,
                     versions=request.sampled_versions,
-                    finish=sample["finish"],
+                    finish=sample.finish,
                 )
 
     def _actions(self, work: Work) -> list[Action | None]:
@@ -444,27 +445,28 @@ class RolloutActor(Actor):
         self.pending.extend(self.running)
         self.running.clear()
 
-    def _with_partial_results(self, work: Work) -> dict[str, Any]:
+    def _with_partial_results(self, work: Work) -> TurnRequest:
         """The request again, with what was sampled: whoever takes it goes on from there."""
-        payload = dict(work.item.payload)
         if not work.requests or self.config.job.deterministic:
-            return payload  # nothing begun, or a fixed batch, which starts over
+            return work.request  # nothing begun, or a fixed batch, which starts over
         samples = []
-        for position, sample in enumerate(payload["samples"]):
-            request = work.requests[position]
-            again = {k: sample[k] for k in ("sample", "history", "observation")}
-            if request is not None:
-                generation = work.results.get(position)
-                again["prompt"] = work.prompts[position]
-                again["sampled"] = generation.tokens if generation else request.sampled
-                again["sampled_logprobs"] = (
-                    generation.logprobs if generation else request.sampled_logprobs
+        for position, sample in enumerate(work.request.samples):
+            request, generation = work.requests[position], work.results.get(position)
+            if generation is not None:
+                sample = replace(
+                    sample,
+                    prompt=work.prompts[position],
+                    sampled=generation.tokens,
+                    sampled_logprobs=generation.logprobs,
+                    sampled_versions=generation.versions,
+                    finish=generation.finish,
                 )
-                again["sampled_versions"] = (
-                    generation.versions if generation else request.sampled_versions
+            elif request is not None:
+                sample = replace(
+                    sample,
+                    prompt=work.prompts[position],
+                    **{name: getattr(request, name) for name in SAMPLED},
+                    finish=None,
                 )
-                if generation is not None:
-                    again["finish"] = generation.finish
-            samples.append(again)
-        payload["samples"] = samples
-        return payload
+            samples.append(sample)
+        return replace(work.request, samples=tuple(samples))

@@ -134,17 +134,17 @@ class Play:
         """Take a request and answer its samples; the tokens say who answered what and when."""
         item = await self.requests.get()
         payload = item.payload
-        assert len(payload["samples"]) == len(texts)
+        assert len(payload.samples) == len(texts)
         item.ack(
             [
                 None
                 if text is None
                 else action(
                     text,
-                    [1000 + payload["turn"], sample["sample"]],
-                    [2000 + payload["turn"], sample["sample"], len(text)],
+                    [1000 + payload.turn, sample.sample],
+                    [2000 + payload.turn, sample.sample, len(text)],
                 )
-                for sample, text in zip(payload["samples"], texts, strict=True)
+                for sample, text in zip(payload.samples, texts, strict=True)
             ]
         )
         return item
@@ -157,21 +157,16 @@ def test_a_group_from_ticket_to_trainer(run: Run, tmp_path: Path) -> None:
         async with Play(tmp_path, env_config()) as play:
             call = asyncio.create_task(play.tickets.call(ticket(4)))
             first = (await play.answer("go", "end")).payload
-            assert {k: first[k] for k in ("group", "attempt", "run_attempt", "turn")} == {
-                "group": 4,
-                "attempt": 0,
-                "run_attempt": 0,
-                "turn": 0,
-            }
-            assert (first["version"], first["exact"]) == (3, True)
-            assert [s["sample"] for s in first["samples"]] == [0, 1]
-            assert all(len(s["history"]) == 0 for s in first["samples"])
-            assert all(s["observation"] == say("seed 104") for s in first["samples"])
+            assert (first.group, first.attempt, first.run_attempt, first.turn) == (4, 0, 0, 0)
+            assert (first.version, first.exact) == (3, True)
+            assert [s.sample for s in first.samples] == [0, 1]
+            assert all(len(s.history) == 0 for s in first.samples)
+            assert all(s.observation == say("seed 104") for s in first.samples)
             second = (await play.answer("cut")).payload
-            (sample,) = second["samples"]
-            assert (second["turn"], sample["sample"]) == (1, 0)
-            assert sample["history"].tolist() == [1000, 0, 2000, 0, 2]
-            assert sample["observation"] == say("after go")
+            (sample,) = second.samples
+            assert (second.turn, sample.sample) == (1, 0)
+            assert sample.history.tolist() == [1000, 0, 2000, 0, 2]
+            assert sample.observation == say("after go")
             item = await play.groups.get()
             group: Group = item.payload
             assert not call.done(), "the ticket is open until the trainer holds the group"
@@ -239,7 +234,7 @@ def test_groups_are_played_side_by_side_in_slots_of_their_own(run: Run, tmp_path
         async with Play(tmp_path, env_config()) as play:
             calls = [asyncio.create_task(play.tickets.call(ticket(g))) for g in range(3)]
             one, two = await play.requests.get(), await play.requests.get()
-            assert {one.payload["group"], two.payload["group"]} == {0, 1}
+            assert {one.payload.group, two.payload.group} == {0, 1}
             assert play.requests.get_nowait() is None
             resets = [entry for entry in play.env.log if entry[0] == "reset"]
             assert {slot for _, slots, _ in resets for slot in slots} == {0, 1, 2, 3}
@@ -340,9 +335,9 @@ def test_what_a_dead_rollout_held_goes_to_another(run: Run, tmp_path: Path) -> N
             await play.rollout_comes("rollout-1")
             again = await play.answer("end")
             assert again.attempt == 2
-            assert again.payload["turn"] == 1
+            assert again.payload.turn == 1
             np.testing.assert_array_equal(
-                again.payload["samples"][0]["history"], held.payload["samples"][0]["history"]
+                again.payload.samples[0].history, held.payload.samples[0].history
             )
             (await play.groups.get()).ack()
             await call

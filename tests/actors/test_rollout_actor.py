@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from actor_stage import TINY, Peer, Stage, job_config
 
 from actors.backends.contract import GenerationRequest
-from actors.episodes import Action
+from actors.episodes import Action, SampleRequest, TurnRequest
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
 from actors.rollout import actor as rollout_module
@@ -38,21 +39,21 @@ def question(text: str) -> TextObservation:
     return TextObservation(messages=(ChatMessage(role="user", content=text),))
 
 
-def request(group: int = 0, *, size: int = 2, **given: Any) -> dict[str, Any]:
+def request(group: int = 0, *, size: int = 2, **given: Any) -> TurnRequest:
     """The first turn of a group."""
-    return {
+    whole: dict[str, Any] = {
         "group": group,
         "attempt": 0,
         "run_attempt": 0,
         "turn": 0,
         "version": 0,
         "exact": True,
-        "samples": [
-            {"sample": i, "history": NO_TOKENS, "observation": question(f"{group}+{i}=")}
+        "samples": tuple(
+            SampleRequest(sample=i, history=NO_TOKENS, observation=question(f"{group}+{i}="))
             for i in range(size)
-        ],
-        **given,
+        ),
     }
+    return TurnRequest(**{**whole, **given})
 
 
 def weights_of(version: int, run_attempt: int = 0) -> Any:
@@ -460,11 +461,11 @@ def test_a_full_context_gives_none(run: Run, tmp_path: Path) -> None:
             (first,) = await driver.requests.call(request(size=1))
             short = np.concatenate([first.prompt, first.tokens])
             full = np.resize(short, 60)
-            later = request(turn=1)
-            later["samples"] = [
-                {"sample": i, "history": history, "observation": question("more?")}
+            samples = tuple(
+                SampleRequest(sample=i, history=history, observation=question("more?"))
                 for i, history in enumerate((full, short, full))
-            ]
+            )
+            later = request(turn=1, samples=samples)
             actions = await driver.requests.call(later)
             assert actions[0] is None
             assert actions[2] is None
@@ -483,8 +484,8 @@ def test_a_first_prompt_without_room_is_an_error(run: Run, tmp_path: Path) -> No
         async with Driver(tmp_path, job_config()) as driver:
             await driver.with_env()
             driver.publish(0)
-            long = request(7)
-            long["samples"][1]["observation"] = question("9" * 70)
+            one, two = request(7).samples
+            long = request(7, samples=(one, replace(two, observation=question("9" * 70))))
             call = asyncio.create_task(driver.requests.call(long))
             assert driver.stage.life is not None
             assert await driver.stage.life == 1
