@@ -47,29 +47,23 @@ def group_sequences(group: Group, algorithm: Algorithm, config: AlgorithmConfig)
     """Lay a group out. Samples are compared by their whole return, also where an episode came in several segments."""
     samples = sorted({segment.sample for segment in group.segments})
     index = {sample: place for place, sample in enumerate(samples)}
-    rewards = torch.zeros(len(samples), dtype=torch.float64)
-    lengths = torch.zeros(len(samples), dtype=torch.int64)
-    parts = [(index[segment.sample], segment, _layout(segment)) for segment in group.segments]
-    for place, segment, sequence in parts:
-        rewards[place] += segment.episode_return
-        lengths[place] += len(sequence.positions)
-    advantages = algorithm.advantages(rewards, config).tolist()
-    weights = algorithm.weights(lengths, config).tolist()
+    rewards, lengths = [0.0] * len(samples), [0] * len(samples)
+    positions = [_trained_positions(segment) for segment in group.segments]
+    for segment, trained in zip(group.segments, positions, strict=True):
+        rewards[index[segment.sample]] += segment.episode_return
+        lengths[index[segment.sample]] += len(trained)
+    tokens = torch.tensor(lengths)
+    advantages = algorithm.advantages(torch.tensor(rewards, dtype=torch.float64), config).tolist()
+    weights = algorithm.weights(tokens, config).tolist()
     return GroupSequences(
         sequences=[
-            TrainingSequence(
-                tokens=sequence.tokens,
-                positions=sequence.positions,
-                logprobs=sequence.logprobs,
-                sampling=sequence.sampling,
-                advantage=advantages[place],
-                weight=weights[place],
-            )
-            for place, _, sequence in parts
-            if len(sequence.positions)
+            _sequence(segment, trained, advantages[place], weights[place])
+            for segment, trained in zip(group.segments, positions, strict=True)
+            if len(trained)
+            for place in (index[segment.sample],)
         ],
-        num_tokens=int(lengths.sum()),
-        denominator=algorithm.denominator(lengths, config),
+        num_tokens=sum(lengths),
+        denominator=algorithm.denominator(tokens, config),
     )
 
 
@@ -93,24 +87,30 @@ def micro_batches(
         yield batch
 
 
-def _layout(segment: Segment) -> TrainingSequence:
-    tokens: list[NDArray[np.int32]] = []
+def _trained_positions(segment: Segment) -> Int64:
+    """Where the sampled tokens with a valid mask lie in the segment's sequence."""
     positions: list[Int64] = []
-    logprobs: list[NDArray[np.float32]] = []
     length = 0
     for turn in segment.turns:
-        action = turn.action
-        start = length + len(action.prompt)
-        kept = np.flatnonzero(action.mask)
-        tokens += [action.prompt, action.tokens]
-        positions.append(start + kept)
-        logprobs.append(action.logprobs[kept])
-        length = start + len(action.tokens)
-    samplings = {turn.action.sampling for turn in segment.turns if turn.action.mask.any()}
-    assert len(samplings) <= 1, f"turns of one segment were sampled in {len(samplings)} ways"
+        start = length + len(turn.action.prompt)
+        positions.append(start + np.flatnonzero(turn.action.mask))
+        length = start + len(turn.action.tokens)
+    return np.concatenate(positions) if len(positions) > 1 else positions[0]
+
+
+def _sequence(
+    segment: Segment, positions: Int64, advantage: float, weight: float
+) -> TrainingSequence:
+    actions = [turn.action for turn in segment.turns]
+    samplings = {action.sampling for action in actions if action.mask.any()}
+    assert len(samplings) == 1, f"turns of one segment were sampled in {len(samplings)} ways"
+    parts = [part for action in actions for part in (action.prompt, action.tokens)]
+    logprobs = [action.logprobs[action.mask] for action in actions]
     return TrainingSequence(
-        tokens=np.concatenate(tokens).astype(np.int64),
-        positions=np.concatenate(positions).astype(np.int64),
-        logprobs=np.concatenate(logprobs).astype(np.float32),
-        sampling=samplings.pop() if samplings else Sampling(),
+        tokens=np.concatenate(parts, dtype=np.int64),
+        positions=positions,
+        logprobs=np.concatenate(logprobs, dtype=np.float32),
+        sampling=samplings.pop(),
+        advantage=advantage,
+        weight=weight,
     )
