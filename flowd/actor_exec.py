@@ -16,6 +16,8 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
+from flowd import linux
+
 
 def run_entry(entry: str, argument: bytes, argument_is_json: bool) -> NoReturn:
     """Call `module:function` with the argument and end the process with what it returns.
@@ -29,6 +31,7 @@ def run_entry(entry: str, argument: bytes, argument_is_json: bool) -> NoReturn:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(line_buffering=True)
         faulthandler.enable()
+        linux.keep_freed_memory()
         code = _exit_code(_resolve(entry)(_decode(argument, argument_is_json)))
     except SystemExit as stop:
         code = _exit_code(stop.code)
