@@ -58,14 +58,18 @@ class Flowd:
     def wait_step(self, name: str, step: int, deadline_s: float = 240.0) -> None:
         """Until the job has trained this many steps: from the size of its metrics, which costs it nothing."""
         until = time.monotonic() + deadline_s
-        while len(self.metrics(name)) < step:
+        path = self._metrics_path(name)
+        while not path.exists() or path.read_bytes().count(b"\n") < step:
             if time.monotonic() > until:
                 raise RuntimeError(f"{name} did not reach step {step}: {self.status(name)}")
             time.sleep(POLL_S)
 
+    def _metrics_path(self, name: str) -> Path:
+        return self.root / "runs" / name / "metrics.jsonl"
+
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        path = self.root / "runs" / name / "metrics.jsonl"
+        path = self._metrics_path(name)
         if not path.exists():
             return []
         return [json.loads(line) for line in path.read_text().splitlines()]

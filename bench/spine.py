@@ -6,8 +6,9 @@ sequential: a plain loop in one process over the same components (task, policy, 
 sync, async: a real flowd and job with max_staleness = 0 and 1, from metrics.jsonl after a warm-in
 
 All of them train the same number of groups from random weights, without warm-up, and commit as often. Each round
-runs all of them, in rotated order, and rates are medians over rounds. The loop runs with 1 and with 2 torch threads;
-the faster counts.
+runs all of them, in rotated order, and rates are medians over rounds. Each way may use two cores as suits it best: the
+loop runs with 1 and with 2 torch threads, the jobs with 1 and with 2 trainer ranks of a thread each, and the faster
+counts.
 """
 
 import argparse
@@ -30,13 +31,15 @@ from bench.local import CONFIG, Flowd, MachineLoad, surroundings
 WARM_IN_STEPS = 5  # first kernels, caches, the pipeline fills
 SEQUENTIAL_THREADS = (1, 2)
 STALENESS = {"sync": 0, "async": 1}
+TRAINER_RANKS = (1, 2)
 CONTROL = ("daemon", "zygote", "conductor")
 ASYNC_BAR, SYNC_BAR, CONTROL_BAR = 1.3, 0.9, 0.05
 
 
-def changes(steps: int, staleness: int) -> dict[str, Any]:
-    """What differs from the demo's job: a fixed number of groups, from random weights."""
+def changes(steps: int, staleness: int, trainer_ranks: int = 1) -> dict[str, Any]:
+    """What differs from the demo's job: a fixed number of groups, from random weights, and the plan."""
     return {
+        "trainer.devices": trainer_ranks,
         "job.steps": steps,
         "job.max_staleness": staleness,
         "job.stop_reward": 2.0,  # never reached
@@ -52,24 +55,18 @@ def rotated(ways: Sequence[str], number: int) -> list[str]:
 
 
 def summarize(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Medians and ratios of groups per second by way; the sequential loop with the better number of threads counts."""
+    """Medians of groups per second, and their ratios. A way is named "kind_number"; its best number counts."""
     medians = {way: statistics.median(values) for way, values in rates.items()}
-    by_threads = {way: rate for way, rate in medians.items() if way.startswith("sequential")}
-    best = max(by_threads, key=lambda way: by_threads[way])
-    sequential = by_threads[best]
+    best = {
+        kind: max((way for way in medians if way.startswith(kind)), key=medians.__getitem__)
+        for kind in ("sequential", *STALENESS)
+    }
+    sequential = medians[best["sequential"]]
     return {
-        "sequential_groups_per_s": sequential,
-        "sync_groups_per_s": medians["sync"],
-        "async_groups_per_s": medians["async"],
-        "async_over_sequential": medians["async"] / sequential,
-        "sync_over_sequential": medians["sync"] / sequential,
-        "sequential_threads": int(best.rpartition("_")[2]),
-        "sequential_groups_per_s_by_threads": {
-            way.rpartition("_")[2]: rate for way, rate in by_threads.items()
-        },
-        "async_over_sequential_by_threads": {
-            way.rpartition("_")[2]: medians["async"] / rate for way, rate in by_threads.items()
-        },
+        **{f"{kind}_groups_per_s": medians[way] for kind, way in best.items()},
+        **{f"{kind}_over_sequential": medians[best[kind]] / sequential for kind in STALENESS},
+        "best": best,
+        "groups_per_s": medians,
         "rounds": {way: [round(value, 2) for value in values] for way, values in rates.items()},
     }
 
@@ -243,9 +240,9 @@ class JobFigures:
     stages: dict[str, float]
 
 
-def run_job(flowd: Flowd, name: str, steps: int, staleness: int) -> JobFigures:
+def run_job(flowd: Flowd, name: str, steps: int, staleness: int, ranks: int) -> JobFigures:
     """Submit, measure from the warm-in to the end, wait until all of it is gone."""
-    flowd.submit(name, changes(steps, staleness))
+    flowd.submit(name, changes(steps, staleness, ranks))
     flowd.wait_step(name, WARM_IN_STEPS)
     processes = _processes(flowd, name)
     first, before = len(flowd.metrics(name)), _cpu_seconds(processes)
@@ -289,36 +286,39 @@ def _cpu_seconds(processes: Sequence[tuple[str, psutil.Process]]) -> dict[str, f
 def measure(steps: int, rounds: int, devices: str) -> dict[str, Any]:
     """All rounds; the order rotates, so that a change of the machine's load meets all ways alike."""
     load = MachineLoad()
-    sequential_ways = {f"sequential_{threads}": threads for threads in SEQUENTIAL_THREADS}
-    ways = [*sequential_ways, *STALENESS]
+    loops = {f"sequential_{threads}": threads for threads in SEQUENTIAL_THREADS}
+    jobs = {f"{kind}_{ranks}": (kind, ranks) for kind in STALENESS for ranks in TRAINER_RANKS}
+    ways = [*loops, *jobs]
     rates: dict[str, list[float]] = {way: [] for way in ways}
     details: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    stages: dict[str, list[dict[str, float]]] = {way: [] for way in STALENESS}
+    stages: dict[str, list[dict[str, float]]] = {way: [] for way in jobs}
     with tempfile.TemporaryDirectory(prefix="bench-spine-") as root:
         with Flowd(Path(root), devices) as flowd:
             for number in range(rounds):
                 for way in rotated(ways, number):
-                    if way in sequential_ways:
-                        figures = run_sequential(steps, sequential_ways[way])
+                    if way in loops:
+                        figures = run_sequential(steps, loops[way])
                         rates[way].append(figures.pop("groups_per_s"))
                         details[way].append(figures)
                     else:
-                        job = run_job(flowd, f"{way}-{number}", steps, STALENESS[way])
+                        kind, ranks = jobs[way]
+                        name = f"{way}-{number}".replace("_", "-")
+                        job = run_job(flowd, name, steps, STALENESS[kind], ranks)
                         rates[way].append(job.groups_per_s)
                         details[way].append(job.cpu_s_per_step)
                         stages[way].append(job.stages)
                     print(f"round {number} {way}: {rates[way][-1]:.1f} groups/s", file=sys.stderr)
     result = summarize(rates)
     fractions = {
-        way: statistics.median(control_fraction(each) for each in details[way]) for way in STALENESS
+        way: statistics.median(control_fraction(each) for each in details[way]) for way in jobs
     }
     return {
         **result,
-        "control_overhead_fraction": max(fractions.values()),
+        "control_overhead_fraction": max(fractions[result["best"][kind]] for kind in STALENESS),
         "control_overhead_fraction_by_way": fractions,
-        "cpu_s_per_step": {way: _medians(details[way]) for way in STALENESS},
-        "sequential_details": {way: _medians(details[way]) for way in sequential_ways},
-        "stages": {way: _medians(stages[way]) for way in STALENESS},
+        "cpu_s_per_step": {way: _medians(details[way]) for way in jobs},
+        "sequential_details": {way: _medians(details[way]) for way in loops},
+        "stages": {way: _medians(stages[way]) for way in jobs},
         "steps": steps,
         "warm_in_steps": WARM_IN_STEPS,
         "config": CONFIG,
