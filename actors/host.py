@@ -73,13 +73,21 @@ class ActorHost:
     def _make_lease(self) -> Lease:
         job, actor = self.spec.job, self.spec.actor
 
+        # What is checked is the whole need on a virtual device only: a GPU also holds activations, and what
+        # its allocator keeps.
+        virtual = all(device.startswith("cpu") for device in self.spec.devices)
+
+        def wanted(most_bytes: int | None) -> None:
+            need = most_bytes if virtual else None
+            self._tell(LeaseWanted(actor=actor, job=job, memory_bytes=need))
+
         async def park(offload: bool) -> int:
             return 0 if self.actor is None else await self.actor.park(offload)
 
         return Lease(
             devices=self.spec.devices,
             memory_limit=self.spec.device_memory_bytes,
-            send_wanted=lambda: self._tell(LeaseWanted(actor=actor, job=job)),
+            send_wanted=wanted,
             send_idle=lambda epoch: self._tell(LeaseIdle(actor=actor, job=job, lease_epoch=epoch)),
             send_busy=lambda epoch: self._tell(LeaseBusy(actor=actor, job=job, lease_epoch=epoch)),
             send_released=lambda epoch, left: self._tell(

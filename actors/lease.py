@@ -21,7 +21,8 @@ from actors.errors import DeviceMemoryExceeded, LeaseViolation
 class Lease:
     """The lease of one actor on its replica's devices.
 
-    send_wanted, send_idle, send_busy, send_released: tell flowd; park(offload) frees the device.
+    send_wanted, send_idle, send_busy, send_released: tell flowd; park(offload) frees the device. A wish comes with the
+    most memory that was checked so far: what fits beside it may stay on the device.
     failed(error): park raised, so the device was not given up; entering raises the same error from then on.
     An actor without devices (env, conductor) never waits.
     """
@@ -31,7 +32,7 @@ class Lease:
         *,
         devices: tuple[str, ...],
         memory_limit: int | None,
-        send_wanted: Callable[[], None],
+        send_wanted: Callable[[int | None], None],
         send_idle: Callable[[int], None],
         send_busy: Callable[[int], None],
         send_released: Callable[[int, int], None],
@@ -43,6 +44,9 @@ class Lease:
         self.memory_limit = memory_limit
         self.epoch = 0
         self.shared = False
+        self._most_bytes: int | None = (
+            None  # that were kept on the device, as far as it was checked
+        )
         self._send_wanted = send_wanted
         self._send_idle = send_idle
         self._send_busy = send_busy
@@ -84,7 +88,7 @@ class Lease:
                 continue
             if not self._wanted:
                 self._wanted = True
-                self._send_wanted()
+                self._send_wanted(self._most_bytes)
             await self._granted.wait()
         if self._idle:
             self._idle = False
@@ -117,7 +121,7 @@ class Lease:
             # It crossed our answer, or flowd was restarted and never heard it.
             self._send_released(*self._released)
             if self._wanted:
-                self._send_wanted()
+                self._send_wanted(self._most_bytes)
             return
         if epoch == self.epoch and self._granted.is_set():
             # Said again: flowd was restarted, or another replica came to share the devices.
@@ -147,7 +151,7 @@ class Lease:
     def say_again(self) -> None:
         """Tell a new flowd the wishes that the old one may not have heard."""
         if self._wanted:
-            self._send_wanted()
+            self._send_wanted(self._most_bytes)
         elif self._idle and self.shared:
             self._send_idle(self.epoch)
 
@@ -172,6 +176,7 @@ class Lease:
                 f"{self.memory_limit / 2**20:.1f} MiB: use a smaller model, rollout.max_running or "
                 "trainer.micro_batch_tokens, or give flowd larger devices (--devices cpu:4@2GiB)"
             )
+        self._most_bytes = max(used_bytes, self._most_bytes or 0)
 
     def _park_if_asked(self) -> None:
         if not self._must_park or self._inside or self._parking is not None or self._failure:

@@ -131,10 +131,11 @@ class LeaseRevoked(Message, frozen=True, tag="lease_revoked"):
 
 
 class LeaseWanted(Message, frozen=True, tag="lease_wanted"):
-    """Actor to flowd: there is work and no lease."""
+    """Actor to flowd: there is work and no lease. memory_bytes: the most that it has needed, when it knows."""
 
     actor: str
     job: str
+    memory_bytes: int | None = None
 
 
 class LeaseIdle(Message, frozen=True, tag="lease_idle"):

@@ -257,7 +257,8 @@ class Job:
                 self._failed(record, message)
             case LeaseWanted():
                 # The replica was granted before this rank had said hello.
-                if (grant := self._leases.want(lease)) is not None:
+                grant = self._leases.want(lease, record.rank, message.memory_bytes)
+                if grant is not None:
                     self._introductions.send(record, grant)
             case LeaseIdle() if record.rank == 0:
                 self._leases.idle(lease, message.lease_epoch)

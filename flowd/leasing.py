@@ -38,6 +38,7 @@ class _Held:
     num_ranks: int
     spans: Path
     released: dict[int, int] = field(default_factory=dict)  # rank → bytes left
+    needed: dict[int, int] = field(default_factory=dict)  # rank → bytes, of those who know
     granted_at: float = 0.0
 
 
@@ -83,13 +84,24 @@ class LeaseShell:
             self._record(replica, held)
         self._carry_out(self.table.remove(replica, time.monotonic()))
 
-    def want(self, replica: str) -> LeaseGranted | None:
-        """A rank wants to compute. Returns the grant where it stands already: this rank missed it."""
+    def want(
+        self, replica: str, rank: int = 0, memory_bytes: int | None = None
+    ) -> LeaseGranted | None:
+        """A rank wants to compute, and needs so much memory on its device; None: it does not know yet.
+
+        Returns the grant where it stands already: this rank missed it.
+        """
         lease = self.table.lease(replica)
         if lease is None or lease.killed:
             return None  # its last words, perhaps
         standing = lease.state == "holding"
-        self._carry_out(self.table.want(replica, time.monotonic()))
+        held = self._held.get(replica)
+        need = None
+        if held is not None and memory_bytes is not None:
+            held.needed[rank] = memory_bytes
+            if len(held.needed) == held.num_ranks:
+                need = max(held.needed.values())
+        self._carry_out(self.table.want(replica, time.monotonic(), need))
         if not standing:
             return None
         return LeaseGranted(lease_epoch=lease.epoch, shared=self.is_shared(replica))

@@ -26,7 +26,7 @@ class Flowd:
         self.lease = Lease(
             devices=devices,
             memory_limit=100 * MIB,
-            send_wanted=lambda: self.heard.append("wanted"),
+            send_wanted=self._wanted,
             send_idle=lambda epoch: self.heard.append(("idle", epoch)),
             send_busy=lambda epoch: self.heard.append(("busy", epoch)),
             send_released=lambda epoch, left: self.heard.append(("released", epoch, left)),
@@ -34,6 +34,9 @@ class Flowd:
             failed=self.failures.append,
             follows=follows,
         )
+
+    def _wanted(self, most_bytes: int | None) -> None:
+        self.heard.append("wanted" if most_bytes is None else ("wanted", most_bytes))
 
     async def _park(self, offload: bool) -> int:
         await self.may_park.wait()
@@ -103,6 +106,29 @@ def test_computing_without_the_lease_is_a_violation(run: Run) -> None:
         await turns()
         with pytest.raises(LeaseViolation, match=r"\(epoch 4\): enter `async with lease` first"):
             flowd.lease.check()
+
+    run(main)
+
+
+def test_a_wish_tells_the_most_that_was_needed(run: Run) -> None:
+    """So that whoever fits beside it may stay on the device; nothing is told before anything was checked."""
+
+    async def main() -> None:
+        flowd = Flowd()
+        asked = asyncio.create_task(enter(flowd.lease))
+        await turns()
+        assert flowd.take_heard() == ["wanted"]
+        flowd.lease.granted(1, shared=True)
+        await asked
+        for used in (30, 50, 40):
+            flowd.lease.check_memory(used)
+        flowd.lease.revoked(1, offload=False)
+        await turns()
+        asked = asyncio.create_task(enter(flowd.lease))
+        await turns()
+        assert flowd.take_heard() == [("released", 1, 7), ("wanted", 50)]
+        flowd.lease.granted(2, shared=True)
+        await asked
 
     run(main)
 

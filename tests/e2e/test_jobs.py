@@ -80,6 +80,10 @@ def test_collocated_stages_never_hold_a_device_at_the_same_time(flowd: Flowd, bo
     spans.sort(key=lambda span: float(span["start"]))
     for earlier, later in pairwise(spans):
         assert earlier["start"] + earlier["seconds"] <= later["start"] + 2e-6, (earlier, later)
+    # Both fit the device, so they stay on it: only hand-overs before they knew what they need offload.
+    onloads = [s for s in lines_of(flowd.run(name).spans) if s["name"] == "onload"]
+    assert len(spans) > 12
+    assert len(onloads) < 8
 
 
 @pytest.mark.parametrize("mode", ["disaggregated", "collocated"])

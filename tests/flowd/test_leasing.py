@@ -92,6 +92,37 @@ def test_two_stages_take_turns(node: Callable[..., Node]) -> None:
     run(main)
 
 
+@pytest.mark.parametrize(("trainer_needs", "offload"), [(60, False), (61, True)])
+def test_stages_that_fit_together_stay_resident(
+    node: Callable[..., Node], trainer_needs: int, offload: bool
+) -> None:
+    """Once both have said what they need; a replica needs what its neediest rank does."""
+
+    async def main() -> None:
+        own = node()
+        trainer = own.add("toy/trainer-0", "cpu:0", "cpu:1", num_ranks=2)
+        rollout = own.add("toy/rollout-0", "cpu:0")
+        own.shell.want("toy/trainer-0", 0, trainer_needs)
+        own.shell.want("toy/trainer-0", 1, 10)
+        own.shell.idle("toy/trainer-0", 1)
+        own.shell.want("toy/rollout-0", 0, 40)
+        (_, revoke) = trainer.take()
+        assert isinstance(revoke, LeaseRevoked)
+        assert revoke.offload, "nobody knew of the second rank when it was granted the first lease"
+        for rank in (0, 1):
+            own.shell.released("toy/trainer-0", rank, 1, 0)
+        assert rollout.take() == [LeaseGranted(lease_epoch=2, shared=True)]
+        for rank, needs in ((0, trainer_needs), (1, 10)):
+            own.shell.want("toy/trainer-0", rank, needs)
+        own.shell.idle("toy/rollout-0", 2)
+        (revoke,) = rollout.take()
+        assert isinstance(revoke, LeaseRevoked)
+        assert revoke.offload is offload
+        own.shell.close()
+
+    run(main)
+
+
 def test_a_grant_follows_the_release_of_every_rank(node: Callable[..., Node]) -> None:
     """One rank's release is not the replica's; what stays is the most that any rank keeps."""
 
