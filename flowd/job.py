@@ -26,7 +26,14 @@ KINDS = {
     "array": "a list",
     "object": "a table",
 }
-EXAMPLES = {"int": "1", "float": "0.5", "str": '"…"', "bool": "true", "array": "[…]"}
+EXAMPLES = {
+    "int": "1",
+    "float": "0.5",
+    "str": '"…"',
+    "bool": "true",
+    "array": "[…]",
+    "object": "{name = value}",
+}
 BOUNDS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
 
 
@@ -106,6 +113,11 @@ def _apply(document: dict[str, Any], override: str, origin: Origin) -> None:
             "as in --set rollout.group_size=16"
         )
     if len(keys) == 1:
+        if keys[0] in _FIELDS:
+            raise JobFileError(
+                f"--set {override}: {keys[0]} is a section: set one of its keys, as in "
+                f"--set {keys[0]}.{next(iter(_FIELDS[keys[0]]))}=…"
+            )
         owners = [s for s, fields in _FIELDS.items() if keys[0] in fields]
         way = f"--set {owners[0]}.{override}" if owners else "--set job.steps=100"
         raise JobFileError(f"--set {override}: the key needs its section in front, as in {way}")
@@ -122,10 +134,14 @@ def _apply(document: dict[str, Any], override: str, origin: Origin) -> None:
 
 
 def _override_value(override: str, text: str) -> Any:
+    if not text:
+        raise JobFileError(
+            f"--set {override}: there is no value after the =; an empty text is written ''"
+        )
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError as error:
-        if not text or text[0] in "\"'[{":
+        if text[0] in "\"'[{":
             reason = str(error).partition(" (at ")[0]
             raise JobFileError(
                 f"--set {override}: the value is not TOML ({reason}); "
@@ -202,6 +218,8 @@ def _value_sentence(document: dict[str, Any], origin: Origin, error: str) -> str
         way = default
         if isinstance(value, str) and expected in ("int", "float", "bool"):
             way = "; write it without quotes" if _is_value(value, expected) else default
+        if expected == "int" and isinstance(value, float) and value.is_integer():
+            way = f"; write {key} = {int(value)}"
         if not way:
             way = f"; write {key} = {EXAMPLES.get(expected, '…')}"
         return (
@@ -252,6 +270,7 @@ def _listed(names: Iterable[str]) -> str:
 def _near_file(path: Path) -> str:
     try:
         known = sorted(entry.name for entry in path.parent.glob("*.toml"))
+        known = [name for name in known if name != "pyproject.toml"]
     except OSError:
         known = []
     near = get_close_matches(path.name, known, n=1, cutoff=0.5)
@@ -259,7 +278,7 @@ def _near_file(path: Path) -> str:
         return f"; did you mean {path.parent / near[0]}?"
     if known:
         return f"; in {path.parent} there are {_listed(known[:8])}"
-    return f"; {path.parent} holds no .toml file, see configs/ for jobs to start from"
+    return f"; {path.parent} holds no job, see configs/ for jobs to start from"
 
 
 def _syntax_sentence(text: str, source: str, error: tomllib.TOMLDecodeError) -> str:

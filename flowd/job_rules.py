@@ -15,7 +15,8 @@ import msgspec
 from actors.job_config import JobConfig
 from flowd.errors import JobFileError
 from flowd.toml_text import value_text
-from sim.registry import TASKS
+from sim.errors import SimError
+from sim.registry import TASKS, check_arguments
 
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("job", "mode"): ("disaggregated", "collocated"),
@@ -27,6 +28,8 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "tokenizer"): ("characters",),
 }
 STAGES_WITH_PYTHON = ("env", "rollout", "trainer")
+TEXT_TASKS = "sim.text."  # import nothing heavy; simulators, and tasks of a user's own, are checked by their actors
+LARGEST_WHOLE_NUMBER = 2**63 - 1  # of TOML and of the wire
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -112,6 +115,11 @@ def _check_task(config: JobConfig, require: Any) -> None:
         f"names a file that does not exist: {path}; "
         "relative paths are taken from the working directory",
     )
+    if TASKS.get(task, "").startswith(TEXT_TASKS):
+        try:
+            check_arguments(task, config.env.args)
+        except SimError as error:
+            require(False, "env", "args" if config.env.args else "task", f"does not fit: {error}")
 
 
 def _check_model(config: JobConfig, require: Any) -> None:
@@ -178,6 +186,13 @@ def _check_values(config: JobConfig, origin: Origin) -> None:
                 shown = f"{origin.where(section, key)}: [{section}] {key} holds {leaf}"
                 if isinstance(leaf, float) and not math.isfinite(leaf):
                     raise JobFileError(f"{shown}: numbers must be finite; give a number")
+                if (
+                    isinstance(leaf, int)
+                    and not -LARGEST_WHOLE_NUMBER <= leaf <= LARGEST_WHOLE_NUMBER
+                ):
+                    raise JobFileError(
+                        f"{shown}: whole numbers go from -2**63 + 1 to 2**63 - 1; give a smaller one"
+                    )
                 if not isinstance(leaf, str | int | float | None):
                     raise JobFileError(
                         f"{shown}: dates and times are not values of a job; put it in quotes"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowd.errors import AlreadyRunning
+from flowd.errors import AlreadyRunning, RequestError
 
 # A client's probe holds a shared lock for some microseconds; flowd's start outlasts that.
 START_PATIENCE_S = 0.25
@@ -51,9 +51,15 @@ class HeldLock:
 
 
 def acquire(lock: Path) -> HeldLock:
-    """Take the state directory for this process; AlreadyRunning when another flowd has it."""
-    lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Take the state directory for this process; AlreadyRunning when another flowd has it.
+
+    RequestError when the directory cannot be made or written.
+    """
+    try:
+        lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unusable(lock, error) from None
     deadline = time.monotonic() + START_PATIENCE_S
     while True:
         try:
@@ -80,8 +86,10 @@ def holder(lock: Path) -> Holder | None:
     """The flowd that holds the lock, or None when none runs. Never waits."""
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise _unusable(lock, error) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -107,6 +115,13 @@ def kept_free(lock: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
+
+
+def _unusable(lock: Path, error: OSError) -> RequestError:
+    return RequestError(
+        f"state directory {lock.parent} cannot be used ({error.filename}: {error.strerror}): name a "
+        "directory of your own with --state-dir or FLOWD_HOME"
+    )
 
 
 def _read(descriptor: int) -> Holder:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flowd.errors import FlowdError, UnknownJob
+from flowd.errors import FlowdError, RequestError, UnknownJob
 from flowd.paths import RunPaths, StatePaths, state_directory
 
 
@@ -18,7 +18,13 @@ def paths_of(args: argparse.Namespace) -> StatePaths:
 
 def existing_run(paths: StatePaths, job: str) -> RunPaths:
     """The run directory of a job; UnknownJob when there is none."""
-    known = sorted(entry.name for entry in paths.runs.iterdir()) if paths.runs.is_dir() else []
+    try:
+        known = sorted(entry.name for entry in paths.runs.iterdir()) if paths.runs.is_dir() else []
+    except PermissionError as error:
+        raise RequestError(
+            f"{error.filename} cannot be read ({error.strerror}): name a state directory of your own "
+            "with --state-dir or FLOWD_HOME"
+        ) from None
     if job not in known:
         raise UnknownJob(unknown_job(job, known, where=f" in {paths.runs}"))
     return paths.run(job)

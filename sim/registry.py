@@ -39,8 +39,14 @@ def find(task: str) -> Any:
 
 def make(task: str, *, num_slots: int, args: Mapping[str, Any]) -> Environment:
     """Open an environment. args: the task's keyword arguments; a wrong one is a SimError naming the right ones."""
-    make_environment = find(task)
-    keywords = dict(inspect.signature(make_environment).parameters)
+    check_arguments(task, args)
+    environment: Environment = find(task)(num_slots=num_slots, **args)
+    return environment
+
+
+def check_arguments(task: str, args: Mapping[str, Any]) -> None:
+    """Raise SimError for an argument that the task does not take, or needs and did not get. Loads the task's module."""
+    keywords = dict(inspect.signature(find(task)).parameters)
     keywords.pop("num_slots", None)  # the env actor chooses it
     open_ended = any(p.kind is p.VAR_KEYWORD for p in keywords.values())
     for name in args:
@@ -49,5 +55,9 @@ def make(task: str, *, num_slots: int, args: Mapping[str, Any]) -> Environment:
             known = f"it takes {', '.join(keywords) or 'none'}"
             hint = f'did you mean "{near[0]}"?' if near else known
             raise SimError(f'task "{task}" takes no argument "{name}": {hint}')
-    environment: Environment = make_environment(num_slots=num_slots, **args)
-    return environment
+    for name, parameter in keywords.items():
+        fixed = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if fixed and parameter.default is parameter.empty and name not in args:
+            raise SimError(
+                f'task "{task}" needs the argument "{name}", which has no default: give it'
+            )

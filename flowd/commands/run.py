@@ -7,6 +7,8 @@ from flowd.commands.submit import add_set
 NAME = "run"
 HELP = "run a job inline: one process, one event loop, no daemon; breakpoint() works in any stage"
 
+LOG = "inline"  # the one log of all actors, in logs/
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job_file", metavar="JOB.toml")
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import asyncio
+    import logging
 
     from flowd.errors import RequestError
     from flowd.follow import conclude, make_view
@@ -45,7 +48,19 @@ def run(args: argparse.Namespace) -> int:
             f'job "{name}" exists already in {paths.runs}: choose another name with '
             f"--set job.name={name}-2, or remove {run_paths.root}"
         ) from None
+    except OSError as error:
+        raise RequestError(
+            f"{run_paths.root} cannot be made ({error.strerror}): name a directory of your own with "
+            "--state-dir or FLOWD_HOME"
+        ) from None
     run_paths.job_toml.write_text(dump_job(config))
+    run_paths.logs.mkdir()
+    # On the terminal are the job's steps and the debugger; the rest is for `flowctl logs`.
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        handlers=[logging.FileHandler(run_paths.actor_log(LOG))],
+    )
 
     from flowd.inline import run_inline  # after the checks: it loads what actors compute with
 

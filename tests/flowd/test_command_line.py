@@ -109,6 +109,32 @@ def test_flowd_knows_its_own_commands(capsys, tmp_path, monkeypatch):
     assert "cpu:0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("program", "argv"),
+    [
+        (flowd, ["up"]),
+        (flowd, ["up", "--detach"]),
+        (flowd, ["down"]),
+        (flowctl, ["jobs"]),
+        (flowctl, ["logs", "toy"]),
+        (flowctl, ["run", "--inline", "toy.toml"]),
+    ],
+)
+def test_a_state_directory_that_cannot_be(program, argv, tmp_path, monkeypatch, capsys):
+    """A file stands in its place: one sentence with the way out."""
+    (tmp_path / "toy.toml").write_text(
+        '[job]\nname = "toy"\nsteps = 1\n[env]\ntask = "arithmetic"\n'
+    )
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    assert program([*argv, "--state-dir", "file"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert str(tmp_path / "file") in captured.err
+
+
 def test_no_command_shows_the_help(capsys):
     """On stderr, with exit code 2."""
     assert flowctl([]) == 2

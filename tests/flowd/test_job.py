@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from flowd.errors import JobFileError
 from flowd.job import dump_job, load_job, parse_job
 
+OWN = ["env.task=my.module:Task"]  # whose arguments only its actors know
 MINIMAL = '[job]\nname = "toy"\nsteps = 3\n[env]\ntask = "arithmetic"\n'
 
 
@@ -44,7 +45,7 @@ def test_a_minimal_job_has_the_defaults_of_every_section():
 )
 def test_a_dumped_job_reads_back_equal(learning_rate, seed, args, stop):
     """The resolved job.toml of a run is a job file of the same job."""
-    config = parse_job(MINIMAL, "toy.toml")
+    config = parse_job(MINIMAL, "toy.toml", OWN)
     config = msgspec.structs.replace(
         config,
         job=msgspec.structs.replace(config.job, seed=seed, stop_reward=stop),
@@ -65,6 +66,7 @@ def test_overrides_win_over_the_file():
             "trainer.betas=[0.8, 0.9]",
             "rollout.temperature=0",
             'job.name="other"',
+            *OWN,
             "env.args.digits=3",
             "env.args.order=by size",
         ],
@@ -94,7 +96,13 @@ def test_overrides_win_over_the_file():
         (["trainer.betas=[0.9]"], ["exactly 2 values", "default is [0.9, 0.95]"]),
         (['trainer.betas=[0.9, "x"]'], ["must be a number in every place"]),
         (["trainer.betas=[0.9, 1.5]"], ["betas = [0.9, 1.5]", "less than 1"]),
-        (["env.args=3"], ["must be a table"]),
+        (["env.args=3"], ["must be a table", "write args = {name = value}"]),
+        (["env.args.digits=3"], ["[env] args = {digits = 3}", 'did you mean "min_digits"?']),
+        (["env.task=gsm8k"], ['[env] task = "gsm8k"', 'needs the argument "path"']),
+        (["job.steps=1e3"], ["steps = 1000.0", "whole number", "write steps = 1000"]),
+        (["job.seed=99999999999999999999"], ["[job] seed holds 99999999999999999999", "smaller"]),
+        (["job.name="], ["--set job.name=", "no value after the ="]),
+        (["env={}"], ["env is a section", "--set env.task=…"]),
         (["rollout.devices=0"], ["devices = 0", "must be at least 1", "default is 2"]),
         (["trainer.devices=0"], ["devices = 0", "must be at least 1"]),
         (["env.actors=0"], ["actors = 0", "must be at least 1"]),
@@ -171,6 +179,10 @@ def test_a_missing_file_suggests_the_near_name(tmp_path):
     (tmp_path / "arithmetic.toml").write_text(MINIMAL)
     with pytest.raises(JobFileError, match=r"does not exist; did you mean .*arithmetic\.toml\?"):
         load_job(tmp_path / "arithmetik.toml")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pyproject.toml").touch()
+    with pytest.raises(JobFileError, match="holds no job"):  # none that is a job
+        load_job(tmp_path / "other" / "project.toml")
     with pytest.raises(JobFileError, match="is a folder"):
         load_job(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
@@ -192,7 +204,7 @@ def test_relative_paths_become_absolute_and_links_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text("")
     Path("python").symlink_to(sys.executable)
-    config = parse_job(MINIMAL, "t", ["env.args.path=data.jsonl", "env.python=./python"])
+    config = parse_job(MINIMAL, "t", [*OWN, "env.args.path=data.jsonl", "env.python=./python"])
     assert config.env.args["path"] == str(tmp_path / "data.jsonl")
     assert config.env.python == str(tmp_path / "python")
     assert os.path.islink(config.env.python)

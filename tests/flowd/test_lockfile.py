@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from flowd import lockfile
-from flowd.errors import AlreadyRunning
+from flowd.errors import AlreadyRunning, RequestError
 
 
 def test_no_file_and_a_stale_file_mean_that_none_runs(tmp_path):
@@ -59,3 +59,12 @@ def test_a_killed_holder_holds_nothing(tmp_path):
         child.kill()
         child.wait()
         assert lockfile.holder(lock) is None
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
+    """A file stands in the way: nobody can run there, and one who asks is told so."""
+    (tmp_path / "file").touch()
+    lock = tmp_path / "file" / "flowd.lock"
+    with pytest.raises(RequestError, match=r"cannot be used \(.*--state-dir"):
+        lockfile.acquire(lock)
+    assert lockfile.holder(lock) is None

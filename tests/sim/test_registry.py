@@ -3,7 +3,7 @@
 import pytest
 
 from sim.errors import SimError
-from sim.registry import TASKS, find, make
+from sim.registry import TASKS, check_arguments, find, make
 from sim.text.arithmetic import Arithmetic
 
 
@@ -49,3 +49,12 @@ def test_a_wrong_argument_says_the_right_ones(name: str, message: str):
     """The number of slots is the env actor's to choose."""
     with pytest.raises(SimError, match=message):
         make("arithmetic", num_slots=1, args={name: 1})
+
+
+def test_arguments_are_checked_without_opening_anything() -> None:
+    """A missing one is named too; a task that takes any is not second-guessed."""
+    check_arguments("gsm8k", {"path": "/nowhere.jsonl"})
+    with pytest.raises(SimError, match=r'needs the argument "path"'):
+        check_arguments("gsm8k", {"limit": 3})
+    with pytest.raises(SimError, match=r'no argument "pat".*did you mean "path"'):
+        check_arguments("gsm8k", {"pat": "x"})
