@@ -99,14 +99,16 @@ def stage_times(actors: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return shares
 
 
-def failure(status: Mapping[str, Any]) -> str:
-    """One sentence about a job that ended without reaching its end."""
+def failure(status: Mapping[str, Any], *, way_out: bool = True) -> str:
+    """One sentence about a job that ended without reaching its end, and with way_out what to do now."""
     name, state = status["name"], status["state"]
     text = f'job "{name}" {state} at step {status.get("step") or 0} of {status.get("steps", "?")}'
     lines = [line for line in str(status.get("error") or "").splitlines() if line.strip()]
     why = status.get("reason") or (lines[-1].strip() if lines else "")
     if why:
         text += f": {why}"
+    if not way_out:
+        return text
     if state == "interrupted":
         return f"{text}; `flowctl resume {name}` goes on from the last commit"
     return f"{text}; `flowctl logs {name}` shows what its actors wrote"

@@ -47,12 +47,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def event_line(event: dict[str, Any]) -> str:
-    """Local time, kind, and the rest as key=value."""
+    """Local time, kind, and the rest as key=value; tracebacks are left to --json and `status`."""
     from flowd.console import cell
 
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
     rest = {key: value for key, value in event.items() if key not in ("id", "time", "kind")}
-    pairs = "  ".join(f"{key}={cell(value)}" for key, value in rest.items() if value is not None)
+    pairs = "  ".join(
+        f"{key}={cell(value)}"
+        for key, value in rest.items()
+        if value not in (None, "", []) and "\n" not in str(value)
+    )
     return f"{when}  {event.get('kind', '-')}  {pairs}".rstrip()
 
 

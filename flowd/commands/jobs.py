@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from flowd.client import ControlClient
-    from flowd.console import hint, print_json, table
+    from flowd.console import hint, number, print_json, table
     from flowd.runs import paths_of
 
     with ControlClient(paths_of(args)) as client:
@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(jobs)
     elif jobs:
-        print(table(jobs, COLUMNS))
+        rows = [{**job, "tokens_per_s": number(job.get("tokens_per_s"), 0)} for job in jobs]
+        print(table(rows, COLUMNS))
     else:
         hint("no jobs; `flowctl submit JOB.toml` starts one")
     return 0

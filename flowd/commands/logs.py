@@ -106,7 +106,7 @@ def _print_failure(paths: "StatePaths", job: str) -> None:
     if status["state"] == "failed":
         if text := traceback_of(status):
             hint(text)
-        hint(failure(status) + "\n")
+        hint(failure(status, way_out=False) + "\n")
 
 
 def _ticks_until_end(paths: "StatePaths", job: str) -> Iterator[None]:

@@ -29,7 +29,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(status)
     else:
-        hint(f'resumed job "{args.job}" from step {status.get("step") or 0}')
+        reached = status.get("step") or 0
+        hint(
+            f'resumed job "{args.job}" from its last commit (it had reached step {reached}); '
+            f"`flowctl status {args.job} --follow` shows it"
+        )
     return 0
 
 

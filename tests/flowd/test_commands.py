@@ -143,6 +143,9 @@ def test_tables(server, capsys):
         "name", "state", "step", "steps", "reward_mean", "staleness_max", "tokens_per_s"
     ]  # fmt: skip
     assert row.split() == ["toy", "running", "2", "4", "0.500", "1", "1,234"]
+    server.daemon.statuses["toy"]["tokens_per_s"] = 948.6
+    assert flowctl(["jobs"]) == 0
+    assert capsys.readouterr().out.split()[-1] == "949"
     assert flowctl(["devices"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert rows[1].split() == ["cpu:0", "virtual", "1.0", "GiB", "other/trainer-0"]
@@ -209,6 +212,19 @@ def test_events_in_pages_and_followed(server, capsys):
     assert lines[0].endswith("restart  job=toy  actor=env-1")
 
 
+def test_an_event_is_one_line(server, capsys):
+    """Tracebacks, and what is empty, are for --json."""
+    server.daemon.event_rows = [
+        {"id": 1, "time": 1.0, "job": "toy", "kind": "job", "state": "failed", "reason": "it raised",
+         "error": TRACEBACK, "stopped": [], "how": ""}
+    ]  # fmt: skip
+    assert flowctl(["events"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("  job  job=toy  state=failed  reason=it raised")
+    assert flowctl(["events", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["error"] == TRACEBACK
+
+
 def test_cancel_and_resume(server, capsys):
     """One request each."""
     assert flowctl(["cancel", "toy", "--json"]) == 0
@@ -237,6 +253,7 @@ def test_logs_of_a_failed_job_begin_with_its_traceback(server, run_dir, capsys):
     assert flowctl(["logs", "toy"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("Traceback")
+    assert "flowctl logs" not in captured.err, "that is what was typed"
     assert captured.out == "env-0 | one\n"
 
 
