@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.job_config import JobConfig
 from channels.endpoint import InlineHub
-from channels.lifecycle import ActorSpec
+from channels.lifecycle import ActorSpec, Failed
 from channels.messages import Message
 from flowd.actor_record import Process
 from flowd.devices import inventory
@@ -25,6 +25,7 @@ from flowd.leasing import LeaseShell
 from flowd.paths import JobPlaces
 from flowd.planner import plan
 
+DEBUGGER_QUIT = "bdb.BdbQuit"
 Emit = Callable[[str, dict[str, Any]], None]
 
 
@@ -79,16 +80,26 @@ async def run_inline(config: JobConfig, run_dir: Path, cache_dir: Path, emit: Em
         on_end=lambda job: None,
     )
 
+    debugger_quit = asyncio.Event()
+
     def receive(sender: str, message: Message, payload: Any) -> None:
         job.receive(sender.rpartition("/")[2], message)
+        if isinstance(message, Failed) and message.error.startswith(DEBUGGER_QUIT):
+            debugger_quit.set()  # else the actor would be started again, up to its next breakpoint
 
     endpoint.on_message = receive
     try:
         await job.start()
-        await job.ended.wait()
+        waits = [asyncio.create_task(event.wait()) for event in (job.ended, debugger_quit)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
     finally:
         if not job.ended.is_set():
-            await job.end("cancelled", "interrupted")
+            why = "the debugger was quit" if debugger_quit.is_set() else "interrupted"
+            await job.end("cancelled", why)
         leases.close()
         endpoint.close()
         shutil.rmtree(weights_dir, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 from sim.contract import StepResult
@@ -38,4 +39,18 @@ class Stops(Arithmetic):
 
     def step(self, slots: Sequence[int], actions: Sequence[str]) -> list[StepResult]:
         breakpoint()
+        return super().step(slots, actions)
+
+
+class Hangs(Arithmetic):
+    """Answers `good_steps` calls, then waits for what never comes."""
+
+    def __init__(self, *, num_slots: int, good_steps: int = 3, **keywords: Any) -> None:
+        super().__init__(num_slots=num_slots, **keywords)
+        self._left = good_steps
+
+    def step(self, slots: Sequence[int], actions: Sequence[str]) -> list[StepResult]:
+        self._left -= 1
+        if self._left < 0:
+            Event().wait()
         return super().step(slots, actions)
