@@ -1,6 +1,8 @@
 """Jobs from submit to the end, in both modes, at every staleness; and requests that are refused."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +112,7 @@ def test_two_trainer_ranks_train_as_one_does(flowd: Flowd, mode: str) -> None:
     ("changes", "said"),
     [
         (["job.name=taken"], "exists already"),
+        (["env.args.max_digit=2"], 'did you mean "max_digits"?'),
         (["job.name=big", "rollout.devices=40"], "12 present"),
         (["job.name=no/name"], "not a job name"),
         (["job.name=no-model", "model.path=/nowhere/model"], "/nowhere/model"),
@@ -135,3 +138,42 @@ def test_wrong_job_is_refused_in_one_sentence(flowd: Flowd, changes: list[str], 
         [job["name"] for job in flowd.request("jobs")["jobs"]],
     )
     assert after == before
+
+
+def test_what_a_job_wrote_can_be_read_back(flowd: Flowd, tmp_path: Path) -> None:
+    """`samples --step` agrees with that step's metrics; `trace` has every actor's work and every lease."""
+    name = "read"
+    flowd.submit(name, "job.steps=8", "metrics.samples_per_step=3")
+    flowd.wait_done(name)
+    lines = flowd.check_done(name, steps=8)
+    done = flowd.ctl("samples", name, "--step", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    samples = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(samples) == 3
+    for sample in samples:
+        assert sample["step"] == 5
+        assert sample["group"] in lines[5]["group_ids"]
+        assert 5 - lines[5]["staleness_max"] <= min(sample["versions"]) <= max(sample["versions"])
+        assert max(sample["versions"]) <= 5
+        assert len(sample["tokens"]) == len(sample["logprobs"]) == len(sample["versions"])
+        assert max(sample["logprobs"]) <= 0.0
+        assert sample["prompt"].endswith("=")
+        assert sample["reward"] in (0.0, 1.0)
+    shown = flowd.ctl("samples", name, "--step", "5").stdout
+    for sample in samples:
+        assert f"step 5  group {sample['group']}  " in shown
+    refused = flowd.ctl("samples", name, "--step", "8")
+    assert refused.returncode == 2
+    assert "it has steps 0 to 7" in refused.stderr
+
+    output = tmp_path / "trace.json"
+    assert flowd.ctl("trace", name, "-o", str(output)).returncode == 0
+    events = json.loads(output.read_text())["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    spans = [e for e in events if e["ph"] == "X"]
+    assert all(span["ts"] >= 0 and span["dur"] >= 0 for span in spans)
+    did = {(names[span["pid"]], span["name"]) for span in spans}
+    assert did >= {("trainer-0", "update"), ("rollout-0", "generate"), ("rollout-1", "generate")}
+    assert did >= {("devices", replica) for replica in ("trainer-0", "rollout-0", "rollout-1")}
+    updates = [s for s in spans if (names[s["pid"]], s["name"]) == ("trainer-0", "update")]
+    assert len(updates) == 8

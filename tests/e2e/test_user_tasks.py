@@ -12,7 +12,6 @@ from flowd_process import FAST, Flowd
 def test_traceback_of_a_task_that_raises_reaches_the_user_first(flowd: Flowd) -> None:
     """`submit --follow` ends with exit code 1 and shows the task's own traceback; the job leaves nothing running."""
     name = "raises"
-    before = flowd.processes().keys()
     done = flowd.ctl(
         "submit",
         str(FAST),
@@ -39,7 +38,9 @@ def test_traceback_of_a_task_that_raises_reaches_the_user_first(flowd: Flowd) ->
     assert shown.stdout.startswith("Traceback (most recent call last):")
     logs = flowd.ctl("logs", name)
     assert "the abacus is broken" in logs.stdout
-    assert flowd.processes().keys() <= before
+    pids = {actor["pid"] for actor in status["actors"]}
+    assert len(pids) == 6, status
+    assert not pids & flowd.processes().keys()
     flowd.audit(name)
 
 
