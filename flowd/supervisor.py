@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,6 +33,9 @@ STOP_DEADLINE_S = 5.0
 KILL_DEADLINE_S = 5.0
 EXIT_RAISED = 1  # of an actor that raised, as in actors/host.py
 LAST_WORDS_S = 1.0
+LOG_TAIL_LINES = 30  # of a log without a traceback
+TRACEBACK = "Traceback (most recent call last):"
+LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d ", re.MULTILINE)
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
 MAX_WITHOUT_COMMIT = 5
@@ -158,7 +162,7 @@ class Supervisor:
     def lost_while_away(self, record: ActorRecord) -> None:
         """An actor of an earlier flowd that died while no flowd watched."""
         self._roster.actors[record.name] = record
-        _remove_socket(self._address(record))
+        remove_socket(self._address(record))
         self._tasks.start(
             self._gone(record, "gone while no flowd was there"), f"gone-{record.name}"
         )
@@ -287,7 +291,10 @@ class Supervisor:
         failure = record.failure
         refused = self._refusal(record, how)
         if refused is not None:
-            self._fail(refused, failure.traceback if failure else self._log_tail(record))
+            error = failure.traceback if failure is not None else self._log_tail(record)
+            if failure is None and error.startswith(TRACEBACK):
+                refused += f"; its log ends with {error.splitlines()[-1]}"
+            self._fail(refused, error)
             return
         self._emit(
             "restart",
@@ -333,10 +340,13 @@ class Supervisor:
     def _log_tail(self, record: ActorRecord) -> str:
         path = self._roster.places.run_dir / "logs" / f"{record.name}.log"
         try:
-            lines = path.read_text(errors="replace").splitlines()[-30:]
+            text = path.read_text(errors="replace").rstrip()
         except OSError:
             return ""
-        return "\n".join(lines)
+        _, traceback, last = text.rpartition(TRACEBACK)
+        if traceback and not LOG_LINE.search(last):  # what the log ends with: whole, however long
+            return traceback + last
+        return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
 
     # Stop.
 
@@ -399,7 +409,7 @@ def _renew(record: ActorRecord) -> None:
     record.process = None
 
 
-def _remove_socket(address: str) -> None:
+def remove_socket(address: str) -> None:
     """An actor that was killed leaves its socket; it may not even have said hello."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(address.removeprefix("ipc://"))
@@ -408,5 +418,5 @@ def _remove_socket(address: str) -> None:
 def _remove_socket_of(process: Process, address: str) -> None:
     """Remove it when the process is gone; not when flowd only lets go of it (cancelled)."""
     process.exited.add_done_callback(
-        lambda ended: None if ended.cancelled() else _remove_socket(address)
+        lambda ended: None if ended.cancelled() else remove_socket(address)
     )

@@ -63,16 +63,20 @@ def test_task_that_is_not_there_fails_at_once(flowd: Flowd) -> None:
     assert sockets == {"control.sock", "flowd.sock", "zygote.sock"}
 
 
-def test_another_interpreter_serves_the_env_stage(flowd: Flowd, tmp_path: Path) -> None:
-    """[env] python names a virtual environment, without torch here; its actors run there, the others in flowd's."""
-    python = tmp_path / "venv" / "bin" / "python"
+def empty_environment(place: Path) -> tuple[Path, Path]:
+    """A virtual environment with nothing in it: its python, and the folder of its packages."""
+    python = place / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(os.path.realpath(sys.executable))
-    (tmp_path / "venv" / "pyvenv.cfg").write_text(
-        f"home = {Path(sys.executable).resolve().parent}\n"
-    )
-    packages = tmp_path / "venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    (place / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+    packages = place / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     packages.mkdir(parents=True)
+    return python, packages
+
+
+def test_another_interpreter_serves_the_env_stage(flowd: Flowd, tmp_path: Path) -> None:
+    """[env] python names a virtual environment, without torch here; its actors run there, the others in flowd's."""
+    python, packages = empty_environment(tmp_path / "venv")
     for module in ("msgpack", "msgspec", "numpy", "uvloop", "zmq"):
         (package,) = find_spec(module).submodule_search_locations
         for place in (Path(package), *Path(package).parent.glob(f"*{module}.libs")):
@@ -86,6 +90,20 @@ def test_another_interpreter_serves_the_env_stage(flowd: Flowd, tmp_path: Path) 
         assert command.startswith(str(python)) == name.startswith("env-"), command
     assert flowd.ctl("cancel", "interpreter").returncode == 0
     flowd.audit("interpreter")
+
+
+def test_interpreter_that_lacks_packages_is_told_by_its_last_line(
+    flowd: Flowd, tmp_path: Path
+) -> None:
+    """Such an actor ends before it can speak: its log has the traceback, shown from the first line."""
+    python, _ = empty_environment(tmp_path / "venv")
+    options = ["--set", "job.name=bare", "--set", f"env.python={python}", "--set", "env.actors=1"]
+    done = flowd.ctl("submit", str(FAST), "--follow", *options)
+    assert done.returncode == 1
+    told = done.stderr.splitlines()
+    assert told.count("Traceback (most recent call last):") == 1
+    assert "ModuleNotFoundError: No module named 'msgspec'" in told[-1]
+    assert flowd.status("bare")["error"].startswith("Traceback (most recent call last):")
 
 
 def _command(pid: int) -> str:
