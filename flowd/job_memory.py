@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 
 from flowd.actor_record import ActorRecord
+from flowd.control import ENDED
 from flowd.jobs import Job
 from flowd.planner import Plan
 from flowd.processes import process_start_time
-from flowd.store import ActorRow, Store, noting
+from flowd.store import ActorRow, JobRow, Store, noting
 
 
 class JobMemory:
@@ -26,9 +27,13 @@ class JobMemory:
         self._node = node
 
     def save(self, job: Job) -> None:
-        """Keep what another flowd needs to adopt the job."""
+        """Keep what another flowd needs to adopt the job.
+
+        The state is written ahead: a job that is to end has its last state, and actors that are not gone.
+        """
+        state = job.outcome or job.state
         with noting(), self._store.transaction():
-            self._store.set_job(job.name, state=job.state, error=job.summary()["error"])
+            self._store.set_job(job.name, state=state, error=job.summary()["error"])
             self._store.put_document(f"plan/{job.name}", asdict(job.plan))
             known = {row.name for row in self._store.actors(job.name)}
             for record in job.actors.values():
@@ -36,6 +41,17 @@ class JobMemory:
                 self._store.put_actor(self._row(job.name, record))
             for name in known:
                 self._store.remove_actor(job.name, name)
+
+    def ended(self, job: str, state: str, error: str | None) -> None:
+        """A job of an earlier flowd has ended, and none of its actors is left."""
+        with self._store.transaction():
+            self._store.set_job(job, state=state, error=error)
+            for row in self._store.actors(job):
+                self._store.remove_actor(job, row.name)
+
+    def is_to_end(self, row: JobRow) -> bool:
+        """Whether a flowd was killed after it decided that a job ends, and before its last actor was gone."""
+        return row.state in ENDED and any(a.state != "gone" for a in self._store.actors(row.name))
 
     def plan(self, job: str) -> Plan:
         """The plan of a job that was saved."""

@@ -68,6 +68,8 @@ class Job:
     ) -> None:
         self.name = name
         self.state = "starting"
+        self.outcome: str | None = None
+        """What the job ends as, from the moment that this is decided."""
         self.reason = ""
         self.error: str | None = None
         self.metrics: dict[str, Any] = {}
@@ -155,6 +157,8 @@ class Job:
         if self._ending is None:
             self._roster.ending = reason
             self.reason, self.error = reason, error
+            self.outcome = state
+            self._on_change(self)  # a flowd that is killed now is followed by one that ends it
             self._ending = asyncio.create_task(self._end(state), name=f"end-{self.name}")
         await asyncio.shield(self._ending)
 
@@ -319,7 +323,7 @@ class Job:
             "tokens_per_s": self.metrics.get("tokens_per_s"),
             "attempt": self.metrics.get("attempt", 0),
             "reason": self.reason,
-            "error": self.error or (self.reason if self.state == "failed" else None),
+            "error": self.error or (self.reason if self.outcome == "failed" else None),
         }
 
     def status(self) -> dict[str, Any]:

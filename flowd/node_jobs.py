@@ -5,11 +5,13 @@ adopts the fork server with its actors, and jobs go on as if nothing had happene
 `interrupted` and go on with `flowctl resume`.
 """
 
+import asyncio
 import logging
 import shutil
+import signal
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from actors.job_config import JobConfig
 from channels.endpoint import Endpoint
@@ -28,6 +30,7 @@ from flowd.paths import JobPlaces, StatePaths
 from flowd.planner import Plan, plan
 from flowd.processes import ProcessHandle
 from flowd.store import JobRow, Store, noting
+from flowd.supervisor import KILL_DEADLINE_S, remove_socket
 
 log = logging.getLogger(__name__)
 
@@ -138,11 +141,12 @@ class NodeJobs:
     # From one flowd to the next.
 
     async def recover(self) -> None:
-        """Adopt the actors of a flowd that was killed, or note that its jobs were interrupted.
+        """Adopt the actors of a flowd that was killed, or note that its jobs were interrupted; end what it was ending.
 
         The fork server is there, or on its way, afterwards.
         """
         unfinished = [row for row in self._store.jobs() if row.state not in ENDED]
+        to_end = [row for row in self._store.jobs() if self._memory.is_to_end(row)]
         handles: dict[int, ProcessHandle] = {}
         if unfinished:
             handles = {handle.pid: handle for handle in await self._fork_server.adopt()}
@@ -156,11 +160,13 @@ class NodeJobs:
             if any(actor.pid in handles for actor in self._store.actors(row.name)):
                 self._adopt(row, handles)
             else:
-                self._store.set_job(
-                    row.name,
-                    state="interrupted",
-                    error=f"{why}; `flowctl resume {row.name}` goes on from the last commit",
-                )
+                way = f"`flowctl resume {row.name}` goes on from the last commit"
+                self._note_end(row.name, "interrupted", why, f"{why}; {way}")
+        await self._kill_unclaimed(handles)
+        for row in to_end:
+            self._note_end(
+                row.name, row.state, "flowd was killed while it ended the job", row.error
+            )
         for lease in list(self.leases.table):
             if lease.replica.partition("/")[0] not in self.known:
                 self.leases.table.remove(lease.replica, time.monotonic())
@@ -172,7 +178,23 @@ class NodeJobs:
         self.leases.on_change = self._save_leases
         self._save_leases()
 
-    def _adopt(self, row: JobRow, handles: Mapping[int, ProcessHandle]) -> None:
+    async def _kill_unclaimed(self, handles: dict[int, ProcessHandle]) -> None:
+        """End actors of jobs that are to end, and those that flowd was killed before it noted them."""
+        for handle in handles.values():
+            log.warning("actor=%s pid=%d belongs to no job that goes on", handle.name, handle.pid)
+            handle.signal(signal.SIGKILL)
+        if handles:
+            exits = [handle.exited for handle in handles.values()]
+            await asyncio.wait(exits, timeout=KILL_DEADLINE_S)
+
+    def _note_end(self, job: str, state: str, reason: str, error: str | None) -> None:
+        for record, _ in self._memory.actors(job):
+            if record.address:
+                remove_socket(record.address)
+        self._memory.ended(job, state, error)
+        self._events.emit(job, "job", {"state": state, "reason": reason, "error": error})
+
+    def _adopt(self, row: JobRow, handles: dict[int, ProcessHandle]) -> None:
         config = parse_resolved(row.config, row.name)
         job = self.make(row.name, config, self._memory.plan(row.name))
         job.state = row.state
@@ -181,7 +203,7 @@ class NodeJobs:
         actors = self._memory.actors(row.name)
         log.info("job=%s adopted actors=%d", row.name, len(actors))
         for record, pid in actors:
-            handle = handles.get(pid or 0)
+            handle = handles.pop(pid or 0, None)
             if handle is not None:
                 job.adopt(record, ForkedProcess(handle))
             else:

@@ -230,6 +230,7 @@ class ZygoteClient:
             if self._popen is not None:
                 self._popen.kill()
                 await asyncio.to_thread(self._popen.wait)
+                socket_path.unlink(missing_ok=True)  # it listens before it imports
             raise
 
     async def _launch(self, command: list[str], theirs: socket.socket, log_path: Path) -> None:

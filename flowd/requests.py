@@ -14,7 +14,7 @@ from flowd.job import parse_job, parse_resolved
 from flowd.job_memory import last_metrics
 from flowd.node_jobs import NodeJobs
 from flowd.paths import StatePaths
-from flowd.runs import unknown_job
+from flowd.runs import last_state, unknown_job
 from flowd.store import JobRow, Store
 
 
@@ -44,15 +44,15 @@ class Requests:
     async def submit(self, name: str, config: JobConfig, toml_text: str) -> dict[str, Any]:
         """Start a job; returns its status at once."""
         run_dir = self._paths.run(name).root
-        if self._store.job(name) is None and run_dir.exists():
-            raise RequestError(
-                f'job "{name}" exists already: {run_dir} is of a run that this flowd does not know; '
-                f"move it away, or give this job another name with --set job.name={name}-2"
-            )
-        if self._store.job(name) is not None:
+        if self._store.job(name) is not None or self._paths.run(name).job_toml.exists():
             raise RequestError(
                 f'job "{name}" exists already: `flowctl resume {name}` goes on with it, or give this one '
                 f"another name with --set job.name={name}-2"
+            )
+        if run_dir.exists():
+            raise RequestError(
+                f'job "{name}" would write into {run_dir}, which exists and holds no job; move it away, or give '
+                f"this job another name with --set job.name={name}-2"
             )
         self._jobs.check_idle_name(name)
         row = JobRow(name=name, state="starting", config=toml_text, created=time.time())
@@ -64,8 +64,9 @@ class Requests:
         return job.status()
 
     async def resume(self, job: str) -> dict[str, Any]:
-        """Go on with an ended job from its last commit."""
-        row = self._known(job)
+        """Go on with an ended job from its last commit, also with one of which only the run directory is left."""
+        lost = self._store.job(job) is None
+        row = self._rebuilt(job) if lost else self._known(job)
         current = self._jobs.known.get(job)
         if current is not None and current.state not in ENDED:
             raise RequestError(f'job "{job}" is {current.state}: only a job that ended is resumed')
@@ -77,8 +78,32 @@ class Requests:
         config = parse_job(row.config, job)
         resumed = self._jobs.make(job, config, self._jobs.plan(config))
         resumed.metrics = last_metrics(self._paths.run(job).metrics)
+        if lost:
+            self._store.put_job(row)
         await self._jobs.launch(resumed)
         return resumed.status()
+
+    def _rebuilt(self, name: str) -> JobRow:
+        """What the database lost of a job (deleted, or the run was copied here), from its run directory."""
+        runs = sorted(path.parent.name for path in self._paths.runs.glob("*/job.toml"))
+        if name not in runs:
+            known = [row.name for row in self._store.jobs()]
+            raise UnknownJob(unknown_job(name, sorted({*known, *runs})))
+        run = self._paths.run(name)
+        text = run.job_toml.read_text()
+        config = parse_resolved(text, str(run.job_toml))
+        if config.job.name != name:
+            raise RequestError(
+                f'{run.job_toml} is of job "{config.job.name}", and its directory is named "{name}"; '
+                "a run keeps the name of its job: rename the directory back"
+            )
+        state = last_state(run)
+        return JobRow(
+            name=name,
+            state=state if state in ENDED else "interrupted",
+            config=text,
+            created=run.job_toml.stat().st_mtime,
+        )
 
     async def cancel(self, job: str) -> dict[str, Any]:
         """Stop a job."""

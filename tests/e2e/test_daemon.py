@@ -1,6 +1,10 @@
 """flowd dies, stops or is told to end a job: what runs is taken over, resumed, or gone."""
 
-from flowd_process import Flowd, wait_for
+import os
+import signal
+import subprocess
+
+from flowd_process import Flowd, environment, wait_for
 
 STEPS = 80
 
@@ -92,3 +96,57 @@ def test_cancelled_job_stops_and_can_be_resumed(flowd: Flowd) -> None:
     flowd.request("resume", job="cancelled")
     flowd.wait_done("cancelled")
     flowd.check_done("cancelled", steps=40)
+
+
+def test_cancel_that_a_killed_flowd_had_begun_is_finished(flowd: Flowd) -> None:
+    """The next flowd ends what is left of the job, whose state is cancelled; other jobs go on."""
+    flowd.submit("kept", f"job.steps={STEPS}")
+    flowd.submit("cut", "job.steps=100000")
+    flowd.wait_step("cut", 3)
+    actors = {actor["name"]: actor["pid"] for actor in flowd.actors("cut")}
+    os.kill(actors["env-0"], signal.SIGSTOP)  # the cancel waits for it
+    words = flowd.command_line("flowctl", "cancel", "cut")
+    with subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL) as cancel:
+        wait_for(lambda: actors["rollout-0"] not in flowd.processes(), "the cancel to begin")
+        flowd.kill()
+        cancel.kill()
+    assert actors["env-0"] in flowd.processes()
+    flowd.up()
+    assert not set(actors.values()) & flowd.processes().keys()
+    assert flowd.status("cut")["state"] == "cancelled"
+    assert not (flowd.paths.weights / "cut").exists()
+    last = flowd.request("events", job="cut", after_id=0)["events"][-1]
+    assert (last["kind"], last["state"]) == ("job", "cancelled")
+    flowd.audit("cut")
+    flowd.wait_done("kept")
+    flowd.check_done("kept", steps=STEPS)
+
+
+def test_job_is_resumed_from_its_run_directory_alone(own_flowd: Flowd) -> None:
+    """The database was deleted, or the run was copied from elsewhere: job.toml and the commits are enough."""
+    own_flowd.up()
+    own_flowd.submit("alone", f"job.steps={STEPS}")
+    own_flowd.wait_step("alone", 10)
+    own_flowd.down()
+    for path in own_flowd.paths.root.glob("flowd.sqlite*"):
+        path.unlink()
+    own_flowd.run("alone").root.rename(own_flowd.run("moved").root)
+    own_flowd.up()
+    refused = own_flowd.ctl("resume", "moved")
+    assert refused.returncode == 2
+    assert 'is of job "alone"' in refused.stderr
+    own_flowd.run("moved").root.rename(own_flowd.run("alone").root)
+    refused = own_flowd.ctl("resume", "along")
+    assert refused.returncode == 2
+    assert 'did you mean "alone"?' in refused.stderr
+    assert own_flowd.ctl("resume", "alone").returncode == 0
+    own_flowd.wait_done("alone")
+    lines = own_flowd.check_done("alone", steps=STEPS)
+    assert {line["attempt"] for line in lines} == {0, 1}
+    own_flowd.down()
+    for path in own_flowd.paths.root.glob("flowd.sqlite*"):
+        path.unlink()
+    own_flowd.up()
+    refused = own_flowd.ctl("resume", "alone")
+    assert refused.returncode == 2
+    assert 'job "alone" is done' in refused.stderr
