@@ -11,7 +11,9 @@ from flowd.paths import StatePaths
 from flowd.store import Store, noting
 
 SUBSCRIBER_BOUND = 10_000
-UNIMPORTANT = frozenset({"actor", "step", "warmup", "commit"})  # not kept in the event table
+# Told, not kept: they come with every step, and metrics and ledger have them. What is kept is rare, so
+# that writing it on the loop is no matter.
+PASSING = frozenset({"actor", "step", "warmup", "commit"})
 
 
 class EventLog:
@@ -25,10 +27,9 @@ class EventLog:
     def emit(self, job: str, kind: str, data: dict[str, Any]) -> None:
         """Tell followers, and keep what is worth keeping."""
         now = time.time()
-        if kind not in UNIMPORTANT:
+        if kind not in PASSING:
             with noting():
                 self._store.add_event(now, kind, job=job, actor=data.get("actor"), data=data)
-        if kind not in ("actor", "step", "warmup"):
             line = json.dumps({"time": round(now, 3), "kind": kind, **data})
             with contextlib.suppress(OSError), self._paths.run(job).events.open("a") as file:
                 file.write(line + "\n")
