@@ -44,10 +44,14 @@ class Requests:
     async def submit(self, name: str, config: JobConfig, toml_text: str) -> dict[str, Any]:
         """Start a job; returns its status at once."""
         run_dir = self._paths.run(name).root
-        if self._store.job(name) is not None or self._paths.run(name).job_toml.exists():
+        row = self._store.job(name)
+        if row is not None or self._paths.run(name).job_toml.exists():
+            state = row.state if row is not None else last_state(self._paths.run(name))
+            resumed = f"`flowctl resume {name}` goes on with it, or "
             raise RequestError(
-                f'job "{name}" exists already: `flowctl resume {name}` goes on with it, or give this one '
-                f"another name with --set job.name={name}-2"
+                f'job "{name}" exists already{f" and is {state}" if state else ""}: '
+                f"{resumed if state in ENDED - {'done'} else ''}give this one another name with "
+                f"--set job.name={name}-2"
             )
         if run_dir.exists():
             raise RequestError(
@@ -75,6 +79,12 @@ class Requests:
                 f'job "{job}" is done: to train on, submit it under another name with more steps'
             )
         self._jobs.check_idle_name(job)
+        run_dir = self._paths.run(job).root
+        if not run_dir.is_dir():
+            raise RequestError(
+                f'job "{job}" cannot go on: {run_dir}, with its commits, is gone; submit it again '
+                f"under another name, with --set job.name={job}-2"
+            )
         config = parse_job(row.config, job)
         resumed = self._jobs.make(job, config, self._jobs.plan(config))
         resumed.metrics = last_metrics(self._paths.run(job).metrics)

@@ -1,6 +1,7 @@
 """Jobs from submit to the end, in both modes, at every staleness; and requests that are refused."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_two_trainer_ranks_train_as_one_does(flowd: Flowd, mode: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["job.name=taken"], "exists already"),
+        (["job.name=taken"], "exists already and is done: give this one another name"),
         (["env.args.max_digit=2"], 'did you mean "max_digits"?'),
         (["job.name=big", "rollout.devices=40"], "12 present"),
         (["job.name=no/name"], "not a job name"),
@@ -177,3 +178,18 @@ def test_what_a_job_wrote_can_be_read_back(flowd: Flowd, tmp_path: Path) -> None
     assert did >= {("devices", replica) for replica in ("trainer-0", "rollout-0", "rollout-1")}
     updates = [s for s in spans if (names[s["pid"]], s["name"]) == ("trainer-0", "update")]
     assert len(updates) == 8
+
+
+def test_job_whose_run_directory_is_gone_is_not_begun_anew(flowd: Flowd) -> None:
+    """There is no commit to go on from: said in a sentence, and nothing is started or made."""
+    name = "vanished"
+    flowd.submit(name, "job.steps=100000")
+    flowd.wait_step(name, 2)
+    assert flowd.ctl("cancel", name).returncode == 0
+    shutil.rmtree(flowd.run(name).root)
+    refused = flowd.ctl("resume", name)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
+    assert f"{flowd.run(name).root}, with its commits, is gone" in refused.stderr
+    assert flowd.status(name)["state"] == "cancelled"
+    assert not flowd.run(name).root.exists()
