@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+from pathlib import Path
 
 import msgspec
 
@@ -27,7 +28,7 @@ def run(argument: bytes) -> int:
 
 
 async def _main(spec: ActorSpec) -> int:
-    endpoint = ZmqEndpoint(spec.peer, spec.address)
+    endpoint = ZmqEndpoint(spec.peer, spec.address, shared_dir=Path(spec.weights_dir))
     host = ActorHost(spec, endpoint)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

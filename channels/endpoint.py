@@ -13,7 +13,8 @@ Contract, the same for both kinds:
 * `on_message` is never called from within `send`. A message that cannot be decoded is logged and
   dropped.
 * Payloads are not to be changed after `send`: large arrays travel without a copy, and inline ones
-  by reference.
+  by reference. Nor after they were received: large arrays between processes of a node lie in memory
+  that they share.
 * Identity: the sender's name is what the connection declared; two live endpoints never share one.
 """
 
@@ -21,15 +22,19 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
+import numpy as np
 import zmq
 
 from channels import messages, payload
 from channels.errors import BadFrame, ChannelError, Closed, PeerLost, TooLarge
 from channels.messages import Message
-from channels.sockets import DrainedSocket, send_parts
+from channels.sockets import DrainedSocket, Part, send_parts
+from channels.tensors.shm import ArenaFrame, SharedArena, SharedViews
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +44,18 @@ CLOSE_LINGER_MS = 500
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
 INLINE_PER_TURN = 128
+SHARED_FRAME_BYTES = (
+    128 * 1024
+)  # below it a socket is as fast as shared memory: waking the other end is what counts
+_BYTES, _SHARED = range(2)  # what a frame on the wire is: the bytes, or their place
 
 OnMessage = Callable[[str, Message, Any], None]
+
+
+class FramesReleased(Message, frozen=True, tag="frames_released"):
+    """Receiver to sender: these blocks of your arena are no longer looked at here."""
+
+    blocks: tuple[int, ...]
 
 
 class Endpoint(Protocol):
@@ -96,10 +111,18 @@ class ZmqEndpoint:
     Made on the running loop. address: "ipc:///path" (at most 107 bytes of path) or
     "tcp://host:port"; with port "*" the attribute `address` says which was taken. Messages that
     arrive before the loop runs again wait for the handler.
+
+    shared_dir: a directory on a tmpfs, the same for the processes of a job on this node. Large arrays
+    for peers at "ipc://" addresses then travel through shared memory, see `channels.tensors.shm`.
     """
 
     def __init__(
-        self, name: str, address: str, *, max_payload_bytes: int = MAX_PAYLOAD_BYTES
+        self,
+        name: str,
+        address: str,
+        *,
+        max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+        shared_dir: Path | None = None,
     ) -> None:
         if not 0 < len(name.encode()) < 256:
             raise ValueError(f'endpoint name "{name}": 1 to 255 bytes are allowed; shorten it')
@@ -110,6 +133,13 @@ class ZmqEndpoint:
         self._peers: dict[str, tuple[str, zmq.Socket[bytes]]] = {}
         self._names: dict[bytes, str] = {}
         self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._arena: SharedArena | None = None
+        self._views: SharedViews | None = None
+        self._returning = False  # blocks to their senders, in the loop's next turn
+        if shared_dir is not None:
+            self._arena = SharedArena(shared_dir, quote(name, safe=""))
+            self._views = SharedViews(shared_dir, self._return_soon)
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.RCVHWM, 0)
@@ -159,9 +189,17 @@ class ZmqEndpoint:
         known = self._peers.pop(peer, None)
         if known is not None:
             known[1].close(0)
+            if self._arena is not None and self._views is not None:
+                self._arena.peer_gone(peer)
+                self._views.forget(quote(peer, safe=""))
+
+    def empty(self, shape: Sequence[int] | int, dtype: Any = np.float32) -> Any:
+        """A numpy array to be filled and sent: where the peers share memory with us, it lies there already."""
+        array = None if self._arena is None else self._arena.empty(shape, dtype)
+        return np.empty(shape, dtype) if array is None else array
 
     def pack(self, tree: Any) -> payload.Encoded:
-        encoded = tree if isinstance(tree, payload.Encoded) else payload.encode(tree)
+        encoded = tree if isinstance(tree, payload.Encoded) else self._share(payload.encode(tree))
         if encoded.size_bytes > self._max_payload_bytes:
             raise TooLarge(
                 f"a payload of {encoded.size_bytes} bytes is over the limit of "
@@ -180,7 +218,39 @@ class ZmqEndpoint:
             send_parts(known[1], [head])
         else:
             encoded = self.pack(payload)
-            send_parts(known[1], [head, encoded.header, *encoded.buffers])
+            parts: list[Part] = [head, encoded.header]
+            if encoded.frames:
+                parts += [encoded.pack, *self._frames(peer, known[0], encoded.frames)]
+            elif encoded.pack:
+                parts.append(encoded.pack)
+            send_parts(known[1], parts)
+
+    def _share(self, encoded: payload.Encoded) -> payload.Encoded:
+        """Put large frames where peers of this node can see them."""
+        arena = self._arena
+        if arena is None or all(f.nbytes < SHARED_FRAME_BYTES for f in encoded.frames):
+            return encoded
+        frames = [
+            (isinstance(f, memoryview) and f.nbytes >= SHARED_FRAME_BYTES and arena.copy_in(f)) or f
+            for f in encoded.frames
+        ]
+        return payload.Encoded(encoded.header, encoded.pack, frames)
+
+    def _frames(
+        self, peer: str, address: str, frames: Sequence[memoryview | payload.SharedFrame]
+    ) -> list[payload.Buffer]:
+        """What kind each frame is, and then the frames."""
+        local = self._arena is not None and address.startswith("ipc://")
+        kinds = bytearray()
+        parts: list[payload.Buffer] = []
+        for frame in frames:
+            if local and isinstance(frame, ArenaFrame):
+                kinds.append(_SHARED)
+                parts.append(frame.lend(peer))
+            else:
+                kinds.append(_BYTES)
+                parts.append(frame if isinstance(frame, memoryview) else frame.view)
+        return [kinds, *parts]
 
     def close(self) -> None:
         if self._closed:
@@ -190,6 +260,8 @@ class ZmqEndpoint:
             dealer.close(CLOSE_LINGER_MS)
         self._peers.clear()
         self._mailbox.close()
+        if self._arena is not None:
+            self._arena.close()
         if self.address.startswith("ipc://"):
             # ZeroMQ removes the file in its own thread, which the end of the process may overtake.
             try:
@@ -207,20 +279,53 @@ class ZmqEndpoint:
             if len(frames) < 2:
                 raise BadFrame("a message without frames")
             message = messages.decode(frames[1].buffer)
-            tree = _decode_payload(frames[2:]) if len(frames) > 2 else None
+            if isinstance(message, FramesReleased):
+                if self._arena is not None:
+                    self._arena.returned(sender, message.blocks)
+                return
+            tree = self._decode_payload(sender, frames[2:]) if len(frames) > 2 else None
         except BadFrame as error:
             log.warning("dropped frame endpoint=%s sender=%r: %s", self.name, identity, error)
             return
         self.on_message(sender, message, tree)
 
+    def _decode_payload(self, sender: str, frames: list[zmq.Frame]) -> Any:
+        if len(frames) == 1:
+            return payload.decode(frames[0].buffer)
+        # The pack is small and becomes writable memory of our own; large frames are used where they are.
+        buffers: list[payload.Buffer] = [bytearray(frames[1].buffer)]
+        if len(frames) > 2:
+            kinds = frames[2].bytes
+            if len(kinds) != len(frames) - 3:
+                raise BadFrame(f"{len(frames) - 3} frames came and {len(kinds)} were announced")
+            for kind, frame in zip(kinds, frames[3:], strict=True):
+                buffers.append(self._buffer(sender, kind, frame))
+        return payload.decode(frames[0].buffer, buffers)
 
-def _decode_payload(frames: list[zmq.Frame]) -> Any:
-    if len(frames) == 1:
-        return payload.decode(frames[0].buffer)
-    # The pack is small and becomes writable memory of our own; large frames are used where ZeroMQ
-    # put them.
-    pack = bytearray(frames[1].buffer)
-    return payload.decode(frames[0].buffer, [pack, *(frame.buffer for frame in frames[2:])])
+    def _buffer(self, sender: str, kind: int, frame: zmq.Frame) -> payload.Buffer:
+        if kind == _BYTES:
+            return frame.buffer
+        if kind == _SHARED and self._views is not None:
+            return self._views.open(sender, frame.buffer)
+        raise BadFrame(f"a frame of kind {kind} cannot be read here")
+
+    def _return_soon(self) -> None:
+        """Called wherever an array is collected, in any thread."""
+        if self._returning or self._closed:
+            return
+        self._returning = True
+        try:
+            self._loop.call_soon_threadsafe(self._return_released)
+        except RuntimeError:
+            log.debug("the loop is closed: nothing is returned any more")
+
+    def _return_released(self) -> None:
+        self._returning = False
+        assert self._views is not None
+        for sender, blocks in self._views.take_released().items():
+            known = self._peers.get(sender)
+            if known is not None:  # otherwise it is gone, and its memory with it
+                send_parts(known[1], [messages.encode(FramesReleased(blocks=tuple(blocks)))])
 
 
 def _name_of(identity: bytes) -> str:

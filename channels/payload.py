@@ -25,7 +25,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgpack
 import numpy as np
@@ -65,13 +65,25 @@ _PLACE_1D = _PLACES[1]
 _NESTED = struct.Struct("<QQII")  # offset and length in the pack, first frame and number of frames
 
 
+class SharedFrame(Protocol):
+    """A frame in memory that its receivers may reach themselves, see `channels.tensors`."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes, for receivers that cannot."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """An encoded tree. It may itself stand in a tree, and is then decoded in its place."""
 
     header: bytes
     pack: bytes
-    frames: list[memoryview]
+    frames: Sequence[memoryview | SharedFrame]
 
     @property
     def size_bytes(self) -> int:
@@ -80,8 +92,11 @@ class Encoded:
 
     @property
     def buffers(self) -> list[Buffer]:
-        """What travels beside the header: nothing, or the pack and then the frames."""
-        return [self.pack, *self.frames] if self.pack or self.frames else []
+        """What travels beside the header: nothing, or the pack and then the bytes of the frames."""
+        if not self.pack and not self.frames:
+            return []
+        views = [f if isinstance(f, memoryview) else f.view for f in self.frames]
+        return [self.pack, *views]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +224,7 @@ class _Encoder:
     def __init__(self) -> None:
         self.pack: list[bytes] = []
         self.pack_size = 0
-        self.frames: list[memoryview] = []
+        self.frames: list[memoryview | SharedFrame] = []
 
     def default(self, value: Any) -> Any:
         cls = type(value)

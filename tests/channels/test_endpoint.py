@@ -21,15 +21,16 @@ Make = Callable[[str], Endpoint]
 Received = tuple[str, Message, Any]
 
 
-@pytest.fixture(params=["zmq", "inline"])
+@pytest.fixture(params=["zmq", "shared", "inline"])
 def new(request: pytest.FixtureRequest, sockets: Path) -> Make:
     """Makes endpoints of one kind that can reach each other."""
     hubs: list[InlineHub] = []
     count = iter(range(1000))
 
     def make(name: str) -> Endpoint:
-        if request.param == "zmq":
-            return ZmqEndpoint(name, f"ipc://{sockets}/{next(count)}")
+        if request.param != "inline":
+            shared_dir = sockets / "shared" if request.param == "shared" else None
+            return ZmqEndpoint(name, f"ipc://{sockets}/{next(count)}", shared_dir=shared_dir)
         if not hubs:
             hubs.append(InlineHub())
         return hubs[0].endpoint(name)
@@ -245,10 +246,15 @@ def test_garbage_is_logged_and_dropped(
             socket.connect(b.address)
         rogue.send(note)
         nameless.send(note)
-        for parts in ([b""], [b"\x01garbage"], [note, b"\xc1"], [note, b"\xc0", b"x", b"y"]):
+        for parts in (
+            *([b""], [b"\x01garbage"], [note, b"\xc1"]),
+            # The fourth says what kinds the frames after it are: bytes, places in shared memory.
+            *([note, b"\xc0", b"x", b"y"], [note, b"\xc0", b"x", b"\x01", b"y"]),
+            [note, b"\xc0", b"x", b"\x00", b"y"],
+        ):
             named.send_multipart(parts)
         named.send_multipart([note, b"\xc3"])
-        # The last is good but for its superfluous buffers, which nothing refers to.
+        # The last but one is good but for its superfluous buffers, which nothing refers to.
         assert await box.get() == ("rogue", Note(number=1), None)
         assert await box.get() == ("rogue", Note(number=1), True)
         assert box.empty()
@@ -259,7 +265,7 @@ def test_garbage_is_logged_and_dropped(
     with caplog.at_level(logging.WARNING, "channels.endpoint"):
         run(main)
     dropped = [r.getMessage() for r in caplog.records if "dropped frame" in r.getMessage()]
-    assert len(dropped) == 5
+    assert len(dropped) == 7
 
 
 def test_payload_over_the_limit_is_refused_at_the_sender(run: Run, sockets: Path) -> None:
