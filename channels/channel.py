@@ -1,12 +1,14 @@
 """Channels between actors: bounded, pulled by credit, acknowledged. The asyncio shell of
 `protocol.py`.
 
-    router = ChannelRouter(endpoint)
-    producer = router.producer("requests", bound=1024)     consumer = router.consumer("requests",
-    capacity=64) producer.add_consumer("job/rollout-0")
-    consumer.add_producer("job/env-0") actions = await producer.call(turn, key=episode)       item =
-    await consumer.get()
-                                                           item.ack(actions)
+    producer = ChannelRouter(endpoint).producer("requests", bound=1024)
+    producer.add_consumer("job/rollout-0")
+    actions = await producer.call(turn, key=episode)
+
+    consumer = ChannelRouter(endpoint).consumer("requests", capacity=64)
+    consumer.add_producer("job/env-0")
+    item = await consumer.get()
+    item.ack(actions)
 
 Contract:
 
@@ -20,10 +22,11 @@ Contract:
   business.
 * Duplicates: none on a hop. After a consumer was removed by mistake two may work on one item; only
   the acknowledgement of the one that holds it now counts.
-* Backpressure: `put` waits, first come first served, while `bound` items are put and not
-  acknowledged. A consumer never holds more than `capacity` items (delivered, not finished), so the
-  faster consumer takes more. Every item taken must be finished, by `ack` or `hand_back`, cancelled
-  ones too: that frees its slot.
+* Backpressure: `put` waits, first come first served, while `bound` items, or `bound_bytes`, are put
+  and not acknowledged. An item's size is known once it is packed, so a producer holds less than
+  `bound_bytes` and one item. A consumer never holds more than `capacity` items (delivered, not
+  finished), so the faster consumer takes more. Every item taken must be finished, by `ack` or
+  `hand_back`, cancelled ones too: that frees its slot.
 * Keys are a preference: an item goes to the consumer that last took its key, if that one has room.
 * Introductions are by name, in any order and any time; connect the endpoint first. They are
   idempotent.
@@ -34,6 +37,7 @@ possible, at its end.
 """
 
 import asyncio
+import heapq
 import logging
 import secrets
 from collections import deque
@@ -42,11 +46,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from channels.consuming import ConsumerProtocol, Delivery
-from channels.endpoint import Endpoint, OnMessage, size_bytes, unhandled
+from channels.endpoint import Endpoint, OnMessage, unhandled
 from channels.errors import Closed, PeerLost, Withdrawn
 from channels.messages import Message
 from channels.producing import Pending, ProducerProtocol
 from channels.protocol import ConsumerMessage, Key, Outgoing, ProducerMessage
+from channels.sizes import size_bytes
+
+BOUND_BYTES = 1 << 30  # put and not acknowledged
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +65,8 @@ class ChannelStatistics:
     depth: items that wait at this end (not in flight; not yet taken)   bound: its bound or capacity
     in_flight: items at consumers, or taken and not finished   waiters: tasks that wait in put or
     get
-    items: items so far   size_bytes: of all unacknowledged items, where known   peers: introduced
-    peers
+    items: items so far   size_bytes: of all unacknowledged items, and its bound (producers only)
+    peers: introduced peers
     """
 
     channel: str
@@ -69,6 +76,7 @@ class ChannelStatistics:
     waiters: int
     items: int
     size_bytes: int
+    bound_bytes: int
     peers: int
 
 
@@ -83,14 +91,16 @@ class ChannelRouter:
         self._loop = asyncio.get_running_loop()
         endpoint.on_message = self._received
 
-    def producer(self, channel: str, *, bound: int, epoch: int = 0) -> "Producer":
+    def producer(
+        self, channel: str, *, bound: int, bound_bytes: int = BOUND_BYTES, epoch: int = 0
+    ) -> "Producer":
         """This endpoint's producer of a channel. epoch: higher than that of any earlier one of this
         name."""
         if channel in self.producers:
             raise ValueError(
                 f'{self.endpoint.name} already produces channel "{channel}": use that one'
             )
-        producer = self.producers[channel] = Producer(self, channel, bound, epoch)
+        producer = self.producers[channel] = Producer(self, channel, bound, bound_bytes, epoch)
         return producer
 
     def consumer(self, channel: str, *, capacity: int) -> "Consumer":
@@ -159,19 +169,28 @@ class _Flushing:
 class Producer:
     """Puts items into a channel. Made by `ChannelRouter.producer`; see the module docstring."""
 
-    def __init__(self, router: ChannelRouter, channel: str, bound: int, epoch: int) -> None:
+    def __init__(
+        self, router: ChannelRouter, channel: str, bound: int, bound_bytes: int, epoch: int
+    ) -> None:
+        if bound_bytes < 1:
+            raise ValueError(
+                f'channel "{channel}": bound_bytes = {bound_bytes}, but it must be at least 1'
+            )
         self.channel = channel
+        self.bound_bytes = bound_bytes
         self._router = router
         self._protocol = ProducerProtocol(channel, bound, epoch, self._pack)
         self._flushing = _Flushing(router, self._protocol.flush)
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        # A heap by who came first: one that was woken and finds the bytes taken goes back to its place.
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._last_waiter = 0
         self._reserved = 0  # slots given to waiters that did not run yet
         self._drained = asyncio.Event()
         self._drained.set()
         self._closed = False
 
     async def put(self, payload: Any, key: Key = None, priority: int = 0) -> None:
-        """Queue an item, waiting while the bound is reached.
+        """Queue an item, waiting while a bound is reached.
 
         Raises Closed, TypeError for a payload that cannot travel, TooLarge.
         """
@@ -234,7 +253,7 @@ class Producer:
         self._router.producers.pop(self.channel, None)
         error = Closed(f'the producer of channel "{self.channel}" was closed')
         self._protocol.close(error)
-        for waiter in self._waiters:
+        for _, waiter in self._waiters:
             if not waiter.done():
                 waiter.set_exception(error)
         self._waiters.clear()
@@ -252,33 +271,39 @@ class Producer:
             waiters=len(self._waiters),
             items=protocol.num_items,
             size_bytes=protocol.size_bytes,
+            bound_bytes=self.bound_bytes,
             peers=len(protocol.links),
         )
 
     def _pack(self, payload: Any) -> tuple[Any, int]:
         packed = self._router.endpoint.pack(payload)
-        return packed, size_bytes(packed) or 0
+        return packed, size_bytes(packed)
 
     async def _slot(self) -> None:
-        """Wait for a place under the bound; the caller puts before it awaits anything."""
+        """Wait for a place under the bounds; the caller puts before it awaits anything."""
         if self._closed:
             raise Closed(f'the producer of channel "{self.channel}" is closed')
-        if not self._waiters and self._free_slots() > 0:
+        if not self._waiters and not self._reserved and self._has_room():
             return
-        waiter: asyncio.Future[None] = self._router._loop.create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._reserved -= 1  # the slot was given to us just before
-                self._wake_waiters()
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
-            raise
-        self._reserved -= 1
-        if self._closed:
-            raise Closed(f'the producer of channel "{self.channel}" was closed')
+        self._last_waiter = number = self._last_waiter + 1
+        while True:
+            waiter: asyncio.Future[None] = self._router._loop.create_future()
+            heapq.heappush(self._waiters, (number, waiter))
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                    self._reserved -= 1  # the slot was given to us just before
+                    self._wake_waiters()
+                elif (number, waiter) in self._waiters:
+                    self._waiters.remove((number, waiter))
+                    heapq.heapify(self._waiters)
+                raise
+            self._reserved -= 1
+            if self._closed:
+                raise Closed(f'the producer of channel "{self.channel}" was closed')
+            if self._protocol.size_bytes < self.bound_bytes:
+                return  # those that were woken before us may have put more than was free
 
     def _put(
         self, payload: Any, key: Key, priority: int, reply: "asyncio.Future[Any] | None"
@@ -315,12 +340,16 @@ class Producer:
             self._drained.set()
         self._flushing.soon()
 
-    def _free_slots(self) -> int:
-        return self._protocol.bound - self._protocol.num_pending - self._reserved
+    def _has_room(self) -> bool:
+        protocol = self._protocol
+        return (
+            protocol.num_pending + self._reserved < protocol.bound
+            and protocol.size_bytes < self.bound_bytes
+        )
 
     def _wake_waiters(self) -> None:
-        while self._waiters and self._free_slots() > 0:
-            waiter = self._waiters.popleft()
+        while self._waiters and self._has_room():
+            _, waiter = heapq.heappop(self._waiters)
             if not waiter.done():
                 self._reserved += 1
                 waiter.set_result(None)
@@ -489,6 +518,7 @@ class Consumer:
             waiters=len(self._getters),
             items=protocol.num_items,
             size_bytes=0,
+            bound_bytes=0,
             peers=len(protocol.sources),
         )
 

@@ -1,0 +1,30 @@
+"""How large a payload is, wherever it travels: encoded, or by reference within a process."""
+
+import dataclasses
+from typing import Any
+
+from channels.payload import Encoded
+
+
+def size_bytes(packed: Any) -> int:
+    """Bytes of what `Endpoint.pack` returned; of a tree by reference, those of its arrays and strings."""
+    if isinstance(packed, Encoded):
+        return packed.size_bytes
+    total = 0
+    pending = [packed]
+    while pending:
+        value = pending.pop()
+        if value is None or isinstance(value, int | float):
+            continue
+        if isinstance(value, bytes | bytearray | str):
+            total += len(value)
+        elif isinstance(value, dict):
+            pending.extend(value)
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple):
+            pending.extend(value)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            pending.extend(getattr(value, field.name) for field in dataclasses.fields(value))
+        else:
+            total += int(getattr(value, "nbytes", 0))  # arrays of numpy, tensors, memoryviews
+    return total
