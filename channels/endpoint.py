@@ -24,7 +24,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -33,6 +33,7 @@ import zmq
 from channels import messages, payload
 from channels.errors import BadFrame, ChannelError, Closed, PeerLost, TooLarge
 from channels.messages import Message
+from channels.sizes import size_bytes
 from channels.sockets import DrainedSocket, Part, send_parts
 from channels.tensors.shm import ArenaFrame, SharedArena, SharedViews
 
@@ -56,6 +57,13 @@ class FramesReleased(Message, frozen=True, tag="frames_released"):
     """Receiver to sender: these blocks of your arena are no longer looked at here."""
 
     blocks: tuple[int, ...]
+
+
+class Transport(NamedTuple):
+    """How payloads reach a peer, and why so."""
+
+    name: str  # "inline", "shared_memory", "ipc" or "tcp"
+    why: str
 
 
 class Endpoint(Protocol):
@@ -86,6 +94,10 @@ class Endpoint(Protocol):
         """Send a message. Raises PeerLost when not connected, Closed, and what `pack` raises."""
         ...
 
+    def transport(self, peer: str) -> Transport:
+        """How payloads reach a peer. Raises PeerLost when not connected."""
+        ...
+
     def close(self) -> None:
         """Close mailbox and connections; what was sent before has half a second to leave."""
         ...
@@ -100,9 +112,9 @@ def _not_connected(name: str, peer: str) -> PeerLost:
     return PeerLost(f"{name} is not connected to {peer}: connect first, or it was disconnected")
 
 
-def size_bytes(packed: Any) -> int | None:
-    """Bytes of what `pack` returned, where they are known (not in one process)."""
-    return packed.size_bytes if isinstance(packed, payload.Encoded) else None
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise TooLarge(f"a payload of {size} bytes is over the limit of {limit}: send it in parts")
 
 
 class ZmqEndpoint:
@@ -199,13 +211,10 @@ class ZmqEndpoint:
         return np.empty(shape, dtype) if array is None else array
 
     def pack(self, tree: Any) -> payload.Encoded:
-        encoded = tree if isinstance(tree, payload.Encoded) else self._share(payload.encode(tree))
-        if encoded.size_bytes > self._max_payload_bytes:
-            raise TooLarge(
-                f"a payload of {encoded.size_bytes} bytes is over the limit of "
-                f"{self._max_payload_bytes}: send it in parts"
-            )
-        return encoded
+        packed = isinstance(tree, payload.Encoded)
+        encoded = tree if packed else payload.encode(tree)
+        _check_size(encoded.size_bytes, self._max_payload_bytes)
+        return encoded if packed else self._share(encoded)
 
     def send(self, peer: str, message: Message, payload: Any = None) -> None:
         known = self._peers.get(peer)
@@ -224,6 +233,19 @@ class ZmqEndpoint:
             elif encoded.pack:
                 parts.append(encoded.pack)
             send_parts(known[1], parts)
+
+    def transport(self, peer: str) -> Transport:
+        if peer not in self._peers:
+            raise _not_connected(self.name, peer)
+        address = self._peers[peer][0]
+        if not address.startswith("ipc://"):
+            return Transport("tcp", f"it listens at {address}, so it may be on another node")
+        if self._arena is None:
+            return Transport("ipc", "same node, and no shared directory was given")
+        least = f"{SHARED_FRAME_BYTES >> 10} KiB"
+        return Transport(
+            "shared_memory", f"same node; arrays below {least} and all else through the ipc socket"
+        )
 
     def _share(self, encoded: payload.Encoded) -> payload.Encoded:
         """Put large frames where peers of this node can see them."""
@@ -352,7 +374,8 @@ class InlineHub:
     """Endpoints in one event loop. Payloads travel by reference; delivery is by the loop, never
     from `send`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> None:
+        self.max_payload_bytes = max_payload_bytes
         self._count = 0
         self.mailboxes: dict[str, InlineEndpoint] = {}
         # What was sent before the receiver existed; between processes it would wait in the
@@ -395,7 +418,14 @@ class InlineEndpoint:
         self._peers.pop(peer, None)
 
     def pack(self, tree: Any) -> Any:
+        # What does not travel between processes is not to pass here unseen.
+        _check_size(size_bytes(tree), self._hub.max_payload_bytes)
         return tree
+
+    def transport(self, peer: str) -> Transport:
+        if peer not in self._peers:
+            raise _not_connected(self.name, peer)
+        return Transport("inline", "same process: by reference")
 
     def send(self, peer: str, message: Message, payload: Any = None) -> None:
         address = self._peers.get(peer)
