@@ -89,7 +89,7 @@ def surroundings() -> dict[str, Any]:
             "kernel": platform.release(),
         },
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        | {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -112,3 +112,11 @@ class MachineLoad:
             "steal_fraction": round(spent.get("steal", 0.0) / total, 4),
             "idle_fraction": round(spent["idle"] / total, 4),
         }
+
+
+def _version(package: str) -> str:
+    """Of an installed package; a checkout that only lies on the path has none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
