@@ -31,3 +31,7 @@ class BadFrame(ChannelError, ValueError):
 
 class VersionGone(ChannelError):
     """Raised when a version of the weights was deleted before, or while, it was opened."""
+
+
+class WeightsMismatch(ChannelError):
+    """Raised when a delta of the weights does not lead from what a receiver holds to the version."""

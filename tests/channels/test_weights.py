@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from channels import weights
 from channels.errors import BadFrame, ChannelError, VersionGone
 from channels.weights import WeightsDirectory
+from channels.weights import directory as weights
 
 
 def model(seed: int) -> dict[str, torch.Tensor]:
@@ -221,8 +221,8 @@ def test_clear_removes_versions_and_left_overs(tmp_path: Path) -> None:
 def test_publish_deletes_what_a_dead_publisher_was_writing(tmp_path: Path) -> None:
     """A trainer killed in mid-publish leaves a locked file; its successor finds the lock free."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from channels.weights import _Space\n"
-        "_Space.make(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys; from pathlib import Path; from channels.weights.files import Space\n"
+        "Space.make(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert len(list(tmp_path.glob(".*.partial"))) == 1
