@@ -5,8 +5,9 @@
     endpoint.send("job/trainer-0", message, payload)
 
 Contract, the same for both kinds:
-* Order: messages from one sender arrive in the order they were sent. Nothing is promised across
-  senders.
+* Order: messages from one sender arrive in the order they were sent, within each channel and among
+  those of no channel; a large payload over TCP does not keep other messages waiting. Nothing is
+  promised across senders.
 * Loss: none while both ends live and stay connected. What was sent to a peer that dies, or that is
   disconnected, is lost silently; the layer above (channels) acknowledges what must not be lost.
 * Backpressure: none. `send` never blocks; channels bound what is in flight by credits.
@@ -19,10 +20,13 @@ Contract, the same for both kinds:
 """
 
 import asyncio
+import itertools
 import logging
 import os
+import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
@@ -36,19 +40,30 @@ from channels.messages import Message
 from channels.sizes import size_bytes
 from channels.sockets import DrainedSocket, Part, send_parts
 from channels.tensors.shm import ArenaFrame, SharedArena, SharedViews
+from channels.tensors.tcp import (
+    CHUNK_BYTES,
+    IDENTITY_SUFFIX,
+    IN_FLIGHT,
+    BulkReceiver,
+    BulkSender,
+    Transfer,
+)
 
 log = logging.getLogger(__name__)
 
 MAX_PAYLOAD_BYTES = 4 * 1024**3
 MAX_IPC_PATH_BYTES = 107  # sockaddr_un.sun_path, less its terminating zero
 CLOSE_LINGER_MS = 500
+BEFORE_FRAMES = 5  # of a message on the wire: sender, message, header, pack, kinds of the frames
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
 INLINE_PER_TURN = 128
 SHARED_FRAME_BYTES = (
     128 * 1024
 )  # below it a socket is as fast as shared memory: waking the other end is what counts
-_BYTES, _SHARED = range(2)  # what a frame on the wire is: the bytes, or their place
+# What a frame on the wire is: the bytes, their place in shared memory, or the name under which they
+# follow in chunks.
+_BYTES, _SHARED, _CHUNKED = range(3)
 
 OnMessage = Callable[[str, Message, Any], None]
 
@@ -144,6 +159,10 @@ class ZmqEndpoint:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._peers: dict[str, tuple[str, zmq.Socket[bytes]]] = {}
         self._names: dict[bytes, str] = {}
+        self._bulk: dict[str, BulkSender] = {}
+        self._incoming = BulkReceiver(max_payload_bytes)
+        # From a random number on: those of a process of our name that was killed are not ours.
+        self._transfers = itertools.count(secrets.randbits(62))
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._arena: SharedArena | None = None
@@ -182,9 +201,14 @@ class ZmqEndpoint:
                 return
             self.disconnect(peer)
         _check_path(address)
+        self._peers[peer] = (address, self._dealer(peer, address, self.name.encode(), 0))
+
+    def _dealer(
+        self, peer: str, address: str, identity: bytes, high_water: int
+    ) -> "zmq.Socket[bytes]":
         dealer = self._context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, self.name.encode())
-        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.setsockopt(zmq.ROUTING_ID, identity)
+        dealer.setsockopt(zmq.SNDHWM, high_water)
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -195,12 +219,16 @@ class ZmqEndpoint:
             raise ChannelError(
                 f"endpoint {self.name} cannot connect to {peer} at {address}: {error.strerror}"
             ) from error
-        self._peers[peer] = (address, dealer)
+        return dealer
 
     def disconnect(self, peer: str) -> None:
         known = self._peers.pop(peer, None)
         if known is not None:
             known[1].close(0)
+            bulk = self._bulk.pop(peer, None)
+            if bulk is not None:
+                bulk.close()
+            self._incoming.forget(peer)
             if self._arena is not None and self._views is not None:
                 self._arena.peer_gone(peer)
                 self._views.forget(quote(peer, safe=""))
@@ -269,10 +297,23 @@ class ZmqEndpoint:
             if local and isinstance(frame, ArenaFrame):
                 kinds.append(_SHARED)
                 parts.append(frame.lend(peer))
+            elif address.startswith("tcp://") and frame.nbytes > CHUNK_BYTES:
+                transfer = Transfer(next(self._transfers), frame.nbytes)
+                kinds.append(_CHUNKED)
+                parts.append(transfer.place())
+                view = frame if isinstance(frame, memoryview) else frame.view
+                self._bulk_to(peer, address).add(transfer, view)
             else:
                 kinds.append(_BYTES)
                 parts.append(frame if isinstance(frame, memoryview) else frame.view)
         return [kinds, *parts]
+
+    def _bulk_to(self, peer: str, address: str) -> BulkSender:
+        bulk = self._bulk.get(peer)
+        if bulk is None:
+            identity = self.name.encode() + IDENTITY_SUFFIX
+            bulk = self._bulk[peer] = BulkSender(self._dealer(peer, address, identity, IN_FLIGHT))
+        return bulk
 
     def close(self) -> None:
         if self._closed:
@@ -280,7 +321,10 @@ class ZmqEndpoint:
         self._closed = True
         for _, dealer in self._peers.values():
             dealer.close(CLOSE_LINGER_MS)
+        for bulk in self._bulk.values():
+            bulk.close(CLOSE_LINGER_MS)
         self._peers.clear()
+        self._bulk.clear()
         self._mailbox.close()
         if self._arena is not None:
             self._arena.close()
@@ -296,33 +340,75 @@ class ZmqEndpoint:
         sender = self._names.get(identity)
         try:
             if sender is None:
-                sender = _name_of(identity)
+                sender = _name_of(identity.removesuffix(IDENTITY_SUFFIX))
                 self._names[identity] = sender
             if len(frames) < 2:
                 raise BadFrame("a message without frames")
+            if identity.endswith(IDENTITY_SUFFIX):
+                self._incoming.chunk(sender, frames[1].bytes, frames[-1].buffer)
+                return
             message = messages.decode(frames[1].buffer)
             if isinstance(message, FramesReleased):
                 if self._arena is not None:
                     self._arena.returned(sender, message.blocks)
                 return
-            tree = self._decode_payload(sender, frames[2:]) if len(frames) > 2 else None
+            transfers = self._announced(frames) if len(frames) > BEFORE_FRAMES else {}
         except BadFrame as error:
             log.warning("dropped frame endpoint=%s sender=%r: %s", self.name, identity, error)
             return
+        if transfers or self._incoming.holds(sender):
+            lane = getattr(message, "channel", None)
+            deliver = partial(self._deliver, sender, message, frames, transfers)
+            if self._incoming.hold(sender, lane, transfers.values(), deliver):
+                return
+        self._deliver(sender, message, frames, transfers)
+
+    def _announced(self, frames: list[zmq.Frame]) -> dict[int, Transfer]:
+        """The frames of a message that follow in chunks, by their place."""
+        kinds = frames[BEFORE_FRAMES - 1].bytes
+        return {
+            place: Transfer.read(frames[place].buffer, self._max_payload_bytes)
+            for place, kind in enumerate(kinds, start=BEFORE_FRAMES)
+            if kind == _CHUNKED and place < len(frames)
+        }
+
+    def _deliver(
+        self,
+        sender: str,
+        message: Message,
+        frames: list[zmq.Frame],
+        transfers: dict[int, Transfer],
+    ) -> None:
+        tree = None
+        try:
+            if len(frames) > 2:
+                tree = self._decode_payload(sender, frames, transfers)
+        except BadFrame as error:
+            log.warning("dropped frame endpoint=%s sender=%s: %s", self.name, sender, error)
+            return
         self.on_message(sender, message, tree)
 
-    def _decode_payload(self, sender: str, frames: list[zmq.Frame]) -> Any:
-        if len(frames) == 1:
-            return payload.decode(frames[0].buffer)
+    def _decode_payload(
+        self, sender: str, frames: list[zmq.Frame], transfers: dict[int, Transfer]
+    ) -> Any:
+        """frames: sender, message, header, pack, the kinds of the frames, the frames."""
+        header = frames[2].buffer
+        if len(frames) == 3:
+            return payload.decode(header)
         # The pack is small and becomes writable memory of our own; large frames are used where they are.
-        buffers: list[payload.Buffer] = [bytearray(frames[1].buffer)]
-        if len(frames) > 2:
-            kinds = frames[2].bytes
-            if len(kinds) != len(frames) - 3:
-                raise BadFrame(f"{len(frames) - 3} frames came and {len(kinds)} were announced")
-            for kind, frame in zip(kinds, frames[3:], strict=True):
-                buffers.append(self._buffer(sender, kind, frame))
-        return payload.decode(frames[0].buffer, buffers)
+        buffers: list[payload.Buffer] = [bytearray(frames[3].buffer)]
+        if len(frames) >= BEFORE_FRAMES:
+            kinds = frames[BEFORE_FRAMES - 1].bytes
+            if len(kinds) != len(frames) - BEFORE_FRAMES:
+                raise BadFrame(
+                    f"{len(frames) - BEFORE_FRAMES} frames came and {len(kinds)} were announced"
+                )
+            for place, kind in enumerate(kinds, start=BEFORE_FRAMES):
+                if kind == _CHUNKED:
+                    buffers.append(self._incoming.take(sender, transfers[place]))
+                else:
+                    buffers.append(self._buffer(sender, kind, frames[place]))
+        return payload.decode(header, buffers)
 
     def _buffer(self, sender: str, kind: int, frame: zmq.Frame) -> payload.Buffer:
         if kind == _BYTES:
