@@ -3,8 +3,10 @@
 Streams do their work when a test says so. Several `FakeDevice`s of one uuid are that GPU as several processes see it.
 """
 
+import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from channels.tensors.devices import HANDLE_BYTES, DeviceEvent
 from channels.tensors.errors import DeviceError
+from channels.tensors.nccl import UNIQUE_ID_BYTES
 
 DEADLINE_S = 20.0
 
@@ -157,3 +160,110 @@ class FakeDevice:
             if 0 <= start and start + nbytes <= array.nbytes:
                 return array[start : start + nbytes]
         raise AssertionError(f"{nbytes} bytes at {address:#x} are nobody's")
+
+
+class FakePair:
+    """What two ranks with one unique id have in common: transfers that wait for their other half."""
+
+    def __init__(self) -> None:
+        self.ranks: list[FakeCommunicator] = []
+        self.waiting: tuple[deque[_Half], deque[_Half]] = (deque(), deque())
+        self.broken = ""
+        self.stuck = False  # nothing arrives any more, and nobody is told
+        self.lock = threading.Lock()
+
+    def match(self) -> None:
+        """Carry out what both halves are there of."""
+        with self.lock:
+            sends, receives = self.waiting
+            while sends and receives and not self.stuck:
+                source, target = sends.popleft(), receives.popleft()
+                target.tensor.copy_(source.tensor.contiguous().reshape(-1).view(torch.uint8))
+                source.done = target.done = True
+
+
+class _Half:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+class FakeCommunicator:
+    """See Communicator."""
+
+    def __init__(self, library: "FakeLibrary", pair: FakePair, rank: int) -> None:
+        self.library, self.pair, self.rank = library, pair, rank
+        self.aborted = threading.Event()
+        self.last: _Half | None = None
+        self.after: list[DeviceEvent] = []
+        with pair.lock:
+            assert rank not in [other.rank for other in pair.ranks], "a unique id serves once"
+            pair.ranks.append(self)
+
+    def settled(self) -> bool:
+        assert not self.aborted.is_set()
+        if self.pair.broken:
+            raise DeviceError(self.pair.broken)
+        return len(self.pair.ranks) == 2
+
+    def send(self, tensor: torch.Tensor, after: DeviceEvent) -> None:
+        self._transfer(tensor, after)
+
+    def receive(self, tensor: torch.Tensor, after: DeviceEvent) -> None:
+        self._transfer(tensor, after)
+
+    def mark(self) -> Any:
+        assert self.last is not None
+        return self.last
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def _transfer(self, tensor: torch.Tensor, after: DeviceEvent) -> None:
+        assert self.settled()
+        self.after.append(after)
+        self.last = _Half(tensor)
+        self.pair.waiting[self.rank].append(self.last)
+        self.pair.match()
+
+
+class FakeFabric:
+    """What connects the processes."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[bytes, FakePair] = {}
+
+    def pair(self, unique_id: bytes) -> FakePair:
+        """What both ranks meet in."""
+        return self.pairs.setdefault(unique_id, FakePair())
+
+    @property
+    def communicators(self) -> list[FakeCommunicator]:
+        """All that were ever made."""
+        return [rank for pair in self.pairs.values() for rank in pair.ranks]
+
+
+class FakeLibrary:
+    """See Library. refuses: what `connect` says"""
+
+    def __init__(self, fabric: FakeFabric, uuid: str) -> None:
+        self.fabric, self.uuid = fabric, uuid
+        self.device = torch.device("cpu")
+        self.gpu = FakeDevice(FakeNode(), uuid)
+        self.refuses = ""
+
+    def unique_id(self) -> bytes:
+        return os.urandom(UNIQUE_ID_BYTES)
+
+    def connect(self, unique_id: bytes, rank: int) -> FakeCommunicator:
+        if self.refuses:
+            raise DeviceError(self.refuses)
+        return FakeCommunicator(self, self.fabric.pair(unique_id), rank)
+
+    def now(self) -> FakeEvent:
+        event = self.gpu.event()
+        event.record()
+        return event
