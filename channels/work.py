@@ -65,6 +65,7 @@ class StepDone(Message, frozen=True, tag="step_done"):
     step: int
     policy_version: int
     metrics: dict[str, float]
+    weights_variant: str | None = None  # that was published; None when nothing was
 
 
 class StepRecorded(Message, frozen=True, tag="step_recorded"):

@@ -23,6 +23,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("rollout", "adopt"): ("group", "turn", "token"),
     ("rollout", "dtype"): ("float32", "bfloat16"),
     ("trainer", "dtype"): ("float32", "bfloat16"),
+    ("trainer", "weights"): ("full", "delta"),
     ("algorithm", "name"): ("grpo",),
     ("algorithm", "loss_aggregation"): ("token", "sequence"),
     ("model", "tokenizer"): ("characters",),

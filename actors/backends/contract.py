@@ -15,6 +15,8 @@ from actors.episodes import Float32, Group, Int32, Sampling
 if TYPE_CHECKING:
     import torch
 
+    from channels.weights.delta import WeightsDelta
+
 
 def _no_tokens() -> Int32:
     return np.zeros(0, dtype=np.int32)
@@ -94,8 +96,13 @@ class GenerationEngine(Protocol):
         """Stop sequences (all when None) and return them with the tokens they have, finish "aborted"."""
         ...
 
-    def load_weights(self, version: int, weights: Mapping[str, "torch.Tensor"]) -> None:
-        """Replace the weights. Running sequences keep their tokens and have their prefix re-prefilled."""
+    def load_weights(
+        self, version: int, weights: "Mapping[str, torch.Tensor] | WeightsDelta"
+    ) -> None:
+        """Replace the weights. Running sequences keep their tokens and have their prefix re-prefilled.
+
+        Raises WeightsMismatch for a delta from other weights than those in use, which are lost then: load others.
+        """
         ...
 
     def offload(self) -> None:

@@ -16,6 +16,7 @@ from actors.backends.hf_lane import Lane
 from actors.backends.hf_requests import as_it_came, check_request, finish_on_arrival
 from actors.backends.hf_runner import ModelRunner
 from actors.backends.hf_weights import ModelWeights
+from channels.weights.delta import WeightsDelta
 
 
 class HFGenerationEngine:
@@ -179,13 +180,16 @@ class HFGenerationEngine:
         return self._leave(aborted)
 
     @torch.inference_mode()
-    def load_weights(self, version: int, weights: Mapping[str, Tensor]) -> None:
-        """Copy new weights in place, all or nothing; see `ModelWeights.load` for names and errors.
+    def load_weights(self, version: int, weights: Mapping[str, Tensor] | WeightsDelta) -> None:
+        """Copy new weights in place, all or nothing; see `ModelWeights` for names and errors.
 
         Running sequences keep their tokens, log-probs and versions, and have their prefix prefilled
         again by the next `step`.
         """
-        self._weights.load(weights)
+        if isinstance(weights, WeightsDelta):
+            self._weights.apply(weights)
+        else:
+            self._weights.load(weights)
         self._version = version
         self._lane.forget_prefixes()
         self._batch_lane.forget_prefixes()

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from channels.errors import WeightsMismatch
+from channels.weights.delta import WeightsDelta
+
 
 class ModelWeights:
     """The parameters of a model that lives on `device` while it is resident."""
@@ -14,6 +17,7 @@ class ModelWeights:
         self._model = model
         self._device = device
         self.resident = True
+        self._names: list[str] = []  # of the last full state: what a delta is to
         self._size_bytes = sum(tensor.nbytes for tensor in self._tensors())
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -56,6 +60,18 @@ class ModelWeights:
         if self._device.type == "cuda":
             # The caller may reuse its host tensors as soon as this returns.
             torch.cuda.synchronize(self._device)
+        self._names = list(weights)
+
+    def apply(self, delta: WeightsDelta) -> None:
+        """Change what was loaded into the delta's version.
+
+        Raises WeightsMismatch when that was not the delta's base; then a full state has to be loaded.
+        """
+        if not self._names:
+            raise WeightsMismatch("a delta came before any full state")
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            delta.apply({name: parameters[name].data for name in self._names})
 
     def offload(self) -> None:
         """Move a GPU's weights to the host. On CPU they stay, for device and host are one."""

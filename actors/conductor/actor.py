@@ -331,6 +331,8 @@ class ConductorActor(Actor):
             values = [group.info[key] for group in received if key in group.info]
             line[f"info_{key}"] = round(sum(values) / len(values), 6)
         line.update(message.metrics)
+        if message.weights_variant is not None:
+            line["weights_variant"] = message.weights_variant
         line.update(self._stage_times())
         return line
 

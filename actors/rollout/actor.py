@@ -24,12 +24,13 @@ from actors.backends.contract import Generation, GenerationEngine, GenerationReq
 from actors.episodes import Action, Int32, Sampling, TurnRequest
 from actors.randomness import fold
 from channels.channel import Item
-from channels.errors import VersionGone
+from channels.errors import VersionGone, WeightsMismatch
 from channels.lifecycle import Introduce
 from channels.messages import Message
 from channels.weights import WeightsDirectory, WeightsPublished
 from channels.work import StageTimes
 
+NOTHING = (-1, -1)  # no version is loaded
 KEY_OF_SAMPLE = 2  # purpose of the key that a turn's draws come from
 SAMPLED = ("sampled", "sampled_logprobs", "sampled_versions")
 ADVANCE_S = 0.05  # engine steps between two looks at the mailbox
@@ -79,7 +80,7 @@ class RolloutActor(Actor):
         self.next_id = 0
         self.order = 0
         self.newest: WeightsPublished | None = None
-        self.loaded = (-1, -1)  # (run attempt, version)
+        self.loaded = NOTHING  # (run attempt, version)
         self.gone: set[tuple[int, int]] = set()  # versions that the node no longer has
         self.wake = asyncio.Event()
         self.weights = WeightsDirectory(
@@ -305,7 +306,17 @@ class RolloutActor(Actor):
 
     def _load(self, version: tuple[int, int]) -> None:
         assert self.engine is not None
-        self.engine.load_weights(version[1], self.weights.load(*version))
+        with self.weights.borrow(*version, held=self.loaded) as weights:
+            try:
+                self.engine.load_weights(version[1], weights)
+            except WeightsMismatch as error:
+                self.log.warning("delta does not fit version=%d: %s", version[1], error)
+                self.loaded = NOTHING  # also if the full state is gone by now
+            else:
+                self.loaded = version
+                return
+        with self.weights.borrow(*version) as weights:
+            self.engine.load_weights(version[1], weights)
         self.loaded = version
 
     def _advance(self, admissible: list[Work]) -> None:

@@ -26,7 +26,7 @@ from actors.trainer import checkpoint
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.messages import Message
-from channels.weights import WeightsDirectory
+from channels.weights import WeightsDirectory, WeightsPublished
 from channels.work import (
     Admit,
     BeginRun,
@@ -53,7 +53,11 @@ class TrainerActor(Actor):
         self.leader = self.spec.rank == 0
         self.offloaded = False
         self.engine: TrainingEngine | None = None
-        self.weights = WeightsDirectory(Path(self.spec.weights_dir), keep=job.max_staleness + 2)
+        self.weights = WeightsDirectory(
+            Path(self.spec.weights_dir),
+            keep=job.max_staleness + 2,
+            variant=self.config.trainer.weights,
+        )
         self.commands: asyncio.Queue[Command] = asyncio.Queue()
         self.rank_commands: asyncio.Queue[tuple[RankCommand, Any]] = asyncio.Queue()
         self.replies: dict[tuple[str, int], asyncio.Future[None]] = {}
@@ -256,6 +260,7 @@ class TrainerActor(Actor):
                 batch, tokens = [], 0
         self.admitted.pop(self.step)
         # One stay on the device: an offload between the gradients and the update would forget the gradients.
+        published: WeightsPublished | None = None
         async with self._on_device():
             await self._accumulate(batch if self.accumulated else groups)
             metrics = await self._finish_step(groups)
@@ -263,7 +268,10 @@ class TrainerActor(Actor):
             finite = all(math.isfinite(metrics.get(k, 0.0)) for k in ("loss", "grad_norm"))
             if finite:
                 self.trained.extend(group.group for group in groups)
-                await self._publish()
+                publishing = time.monotonic()
+                published = await self._publish()
+                metrics["seconds_publish"] = round(time.monotonic() - publishing, 4)
+                metrics["weights_bytes"] = published.variant_bytes
         if not finite:
             self.paused = (
                 True  # the conductor ends the job; such weights are neither published nor committed
@@ -277,6 +285,7 @@ class TrainerActor(Actor):
                 step=self.step - 1,
                 policy_version=self.step,
                 metrics=metrics,
+                weights_variant=None if published is None else published.variant,
             )
         )
         self.delivered()
@@ -308,12 +317,13 @@ class TrainerActor(Actor):
         self.lease.check_memory(self.engine.memory_bytes())
         return metrics
 
-    async def _publish(self) -> None:
+    async def _publish(self) -> WeightsPublished:
         assert self.engine is not None
         published = await self.compute(
             "publish", self.weights.publish, self.run_attempt, self.step, self.engine.weights()
         )
         self._tell(published)
+        return published
 
     async def _commit(self) -> None:
         # A committed step is never taken again: its line of metrics has to be there before.

@@ -26,6 +26,9 @@ class TrainerConfig(Section, frozen=True, kw_only=True):
     """Tokens (prompt and sampled) of one forward and backward pass; a longer sequence runs alone."""
     dtype: str = "float32"
     """Compute: "float32", or "bfloat16" with float32 master weights."""
+    weights: str = "full"
+    """How new weights are published: "full", or "delta": what changed, for receivers that hold the version before.
+    Worth it where the way to a receiver is slow, not within one node's memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     python: str | None = None

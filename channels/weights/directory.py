@@ -39,7 +39,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from channels.errors import BadFrame, ChannelError, VersionGone
 from channels.messages import Message
@@ -50,6 +50,7 @@ from channels.weights.layout import Layout, lay_out, same_layout
 if TYPE_CHECKING:
     import torch
 
+VARIANTS = ("full", "delta")
 SPARE_BYTES = 64 * 1024 * 1024  # that a file system must have left after a publish
 _NAME = r"(\d{6,})-(\d{10,})"
 _FILE = re.compile(rf"(?:weights-{_NAME}|adapter-{_NAME}-on-{_NAME})\.safetensors")
@@ -81,17 +82,19 @@ class WeightsDirectory:
 
     paths: directories in order of preference, such as one in /dev/shm and one in the run directory;
     a version goes to the first with room for it. They are made when the first version is published.
-    keep: versions that stay.    variant: of what this process publishes.
+    keep: versions that stay.    variant: of VARIANTS, what this process publishes.
     """
 
     def __init__(
         self,
         paths: str | Path | Sequence[str | Path],
         keep: int = 2,
-        variant: Literal["full", "delta"] = "full",
+        variant: str = "full",
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep = {keep}, but the newest version always stays: give at least 1")
+        if variant not in VARIANTS:
+            raise ValueError(f'variant = "{variant}" is none of {", ".join(VARIANTS)}')
         given = (paths,) if isinstance(paths, str | Path) else paths
         self.paths = tuple(Path(path) for path in given)
         if not self.paths:

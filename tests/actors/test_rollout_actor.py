@@ -234,6 +234,48 @@ def test_an_exact_version_is_used_also_when_it_is_not_the_newest(run: Run, tmp_p
     run(main)
 
 
+def test_a_delta_is_applied_and_one_that_does_not_fit_is_replaced(run: Run, tmp_path: Path) -> None:
+    """Version 1 comes as a delta; for version 2 the actor's weights are not what they should be, and it loads all."""
+
+    async def main() -> None:
+        async with Driver(tmp_path, job_config()) as driver:
+            await driver.with_env()
+            driver.directory = WeightsDirectory(tmp_path / "weights", keep=4, variant="delta")
+            model = weights_of(0)
+
+            async def sample(version: int) -> tuple[str, Action]:
+                state = [(name, tensor.detach()) for name, tensor in model.named_parameters()]
+                published = driver.directory.publish(0, version, state)
+                driver.conductor.endpoint.send(driver.stage.spec.peer, published)
+                actions = await driver.requests.call(request(version, version=version))
+                np.testing.assert_allclose(
+                    actions[0].logprobs, logprobs_of(model, actions[0]), atol=1e-4
+                )
+                return published.variant, actions[0]
+
+            assert (await sample(0))[0] == "full"
+            actor, loaded = driver.stage.actor, []
+            load = actor.engine.load_weights
+
+            def spy(version: int, weights: Any) -> None:
+                loaded.append(type(weights).__name__)
+                load(version, weights)
+
+            actor.engine.load_weights = spy
+            with torch.no_grad():
+                model.get_input_embeddings().weight[10:20] += 0.5
+            assert (await sample(1))[0] == "delta"
+            assert loaded == ["WeightsDelta"]
+            with torch.no_grad():
+                model.get_input_embeddings().weight[10:20] -= 0.5
+                next(actor.model.parameters())[30] += 0.5  # a row that the delta does not name
+            assert (await sample(2))[0] == "delta"
+            assert loaded == ["WeightsDelta", "WeightsDelta", "dict"]
+            assert actor.loaded == (0, 2)
+
+    run(main)
+
+
 def test_a_least_version_is_waited_for(run: Run, tmp_path: Path) -> None:
     """Nothing older samples it; the newest does."""
 

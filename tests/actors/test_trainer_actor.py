@@ -290,6 +290,33 @@ def test_metrics_of_a_step_are_told(run: Run, tmp_path: Path) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("variant", ["full", "delta"])
+def test_how_weights_were_published_is_told(run: Run, tmp_path: Path, variant: str) -> None:
+    """A small step changes few elements in bfloat16: a delta has fewer bytes. Either way the host copy is whole."""
+
+    async def main() -> None:
+        config = job_config(trainer={"weights": variant}, rollout={"dtype": "bfloat16"})
+        config = msgspec.structs.replace(
+            config, trainer=msgspec.structs.replace(config.trainer, learning_rate=1e-6)
+        )
+        async with Play(tmp_path, config) as play:
+            await play.begin()
+            await play.deliver(make_group(0), make_group(1))
+            play.admit(0, 0, 1, last=True)
+            done = await play.step_done()
+            published = play.conductor.of(WeightsPublished)[-1]
+            assert done.weights_variant == published.variant == variant
+            assert done.metrics["weights_bytes"] == published.variant_bytes
+            assert (published.variant_bytes < published.size_bytes / 2) == (variant == "delta")
+            assert 0 < done.metrics["seconds_publish"] < done.metrics["seconds_step"]
+            assert differ(play.directory.load(0, 0), play.directory.load(0, 1))
+            engine = play.stage.actor.engine
+            for name, tensor in engine.weights():
+                assert play.directory.load(0, 1)[name].equal(tensor)
+
+    run(main)
+
+
 def test_samples_are_written(run: Run, tmp_path: Path) -> None:
     """One line a turn for the first groups of a step: what was asked, said, and how likely it was."""
 

@@ -68,9 +68,7 @@ def die(*_: object) -> None:
 def main() -> None:
     """Publish until stdin ends."""
     directory, variant = sys.argv[1:]
-    weights = WeightsDirectory(
-        directory, keep=KEEP, variant="delta" if variant == "delta" else "full"
-    )
+    weights = WeightsDirectory(directory, keep=KEEP, variant=variant)
     state, updates = first_state(), 0
     for line in sys.stdin:
         command = json.loads(line)

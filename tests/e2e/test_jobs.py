@@ -32,6 +32,9 @@ DOCUMENTED = {
     "kl_sampler",
     "seconds_train",
     "seconds_step",
+    "seconds_publish",
+    "weights_variant",
+    "weights_bytes",
 }
 STAGE_TIMES = {"rollout_work_s", "env_work_s"}  # told by actors as they go, so not at once
 
