@@ -358,13 +358,12 @@ class Producer:
 class Item:
     """An item that a consumer took. Finish it once, by `ack` or `hand_back`."""
 
-    __slots__ = ("_consumer", "_delivery", "_event")
+    __slots__ = ("_consumer", "_delivery")
 
     def __init__(self, consumer: "Consumer", delivery: Delivery) -> None:
         self._consumer = consumer
+        # It does not refer back to us: in a cycle, payloads would wait for the garbage collector.
         self._delivery = delivery
-        self._event: asyncio.Event | None = None
-        delivery.token = self
 
     @property
     def payload(self) -> Any:
@@ -400,11 +399,11 @@ class Item:
 
     async def wait_cancelled(self) -> None:
         """Return once the item is cancelled."""
-        if self._event is None:
-            self._event = asyncio.Event()
+        if self._delivery.token is None:
+            self._delivery.token = asyncio.Event()
             if self.cancelled:
-                self._event.set()
-        await self._event.wait()
+                self._delivery.token.set()
+        await self._delivery.token.wait()
 
     def ack(self, result: Any = None) -> None:
         """The item is done; `result` goes to the caller. Raises ChannelError when finished before,
@@ -533,8 +532,8 @@ class Consumer:
         if protocol.cancelled:
             cancelled, protocol.cancelled = protocol.cancelled, []
             for delivery in cancelled:
-                if delivery.token._event is not None:
-                    delivery.token._event.set()
+                if delivery.token is not None:
+                    delivery.token.set()
         if protocol.unreadable:
             unreadable, protocol.unreadable = protocol.unreadable, []
             self._errors.extend(error for _, error in unreadable)

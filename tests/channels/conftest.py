@@ -1,14 +1,15 @@
-"""Loops, peers in other processes, and short addresses for the channel tests."""
+"""Loops, webs, peers in other processes, and short addresses for the channel tests."""
 
 import asyncio
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import uvloop
-from channel_peers import DEADLINE_S, Peer, Run
+from channel_peers import DEADLINE_S, TRANSPORTS, MakeWeb, Peer, Run, Start, Web
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -40,8 +41,24 @@ def sockets() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.fixture(params=TRANSPORTS)
+def web(request: pytest.FixtureRequest, sockets: Path) -> Iterator[MakeWeb]:
+    """Makes a web of routers on one transport, within a running loop. When closed it leaves no arena."""
+    webs: list[Web] = []
+
+    def make(**options: Any) -> Web:
+        webs.append(Web(request.param, sockets, **options))
+        return webs[-1]
+
+    yield make
+    for made in webs:
+        ours = {quote(name, safe="") for name in made.routers}
+        left = [path.name for path in made.shared.glob("*.arena")]
+        assert not [file for file in left if file.split(".")[0] in ours]
+
+
 @pytest.fixture
-def start() -> Iterator[Callable[..., Peer]]:
+def start() -> Iterator[Start]:
     """Starts peers, and stops them at the end."""
     peers: list[Peer] = []
 

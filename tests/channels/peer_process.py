@@ -1,15 +1,19 @@
 """The other process of the channel tests: `python peer_process.py ROLE NAME ADDRESS PEER PEER_ADDRESS`.
 
-Says "ready" on stdout when it is connected; roles say more. Ends when its stdin is closed.
+Says "at ADDRESS" and then "ready" on stdout when it is connected; roles say more. Ends when its stdin is closed.
 """
 
+import argparse
 import asyncio
+import resource
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvloop
 
-from channels.channel import ChannelRouter
+from channels.channel import BOUND_BYTES, ChannelRouter
 from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
 
@@ -24,26 +28,27 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-async def echo(endpoint: ZmqEndpoint, peer: str) -> None:
+async def echo(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
     """Send everything back to whom it came from."""
     endpoint.on_message = endpoint.send
     say("ready")
 
 
-async def double(endpoint: ZmqEndpoint, peer: str) -> None:
+async def double(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
     """Acknowledge each item with twice its payload."""
     consumer = ChannelRouter(endpoint).consumer("work", capacity=4)
-    consumer.add_producer(peer)
+    consumer.add_producer(options.peer)
     say("ready")
     while True:
         item = await consumer.get()
         item.ack(item.payload * 2)
+        del item  # while we wait for the next, nothing of this one is held
 
 
-async def hold(endpoint: ZmqEndpoint, peer: str) -> None:
+async def hold(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
     """Take items and never finish them; say which, and when one is cancelled."""
     consumer = ChannelRouter(endpoint).consumer("work", capacity=4)
-    consumer.add_producer(peer)
+    consumer.add_producer(options.peer)
     say("ready")
     watches = []
 
@@ -57,28 +62,64 @@ async def hold(endpoint: ZmqEndpoint, peer: str) -> None:
         watches.append(asyncio.create_task(watch(item)))
 
 
-async def produce(endpoint: ZmqEndpoint, peer: str) -> None:
-    """Put ten items, then say when all are acknowledged."""
-    producer = ChannelRouter(endpoint).producer("work", bound=10, epoch=int(sys.argv[6]))
-    producer.add_consumer(peer)
-    for number in range(10):
-        await producer.put({"epoch": int(sys.argv[6]), "number": number})
+async def produce(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
+    """Put items of a size, say the most memory that this took (bytes), then when all are acknowledged."""
+    producer = ChannelRouter(endpoint).producer(
+        "work", bound=1000, bound_bytes=options.bound_bytes, epoch=options.epoch
+    )
+    producer.add_consumer(options.peer)
     say("ready")
+    before = peak_bytes()
+    for number in range(options.items):
+        data = np.full(options.size_bytes, number % 251, np.uint8)
+        await producer.put({"epoch": options.epoch, "number": number, "data": data})
     await producer.drained()
-    say("drained")
+    say("drained", peak_bytes() - before)
 
 
-async def main(role: str, name: str, address: str, peer: str, peer_address: str) -> None:
+async def send_large(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
+    """Have one item acknowledged; then put a small and a large one, and say when they are on their way."""
+    producer = ChannelRouter(endpoint).producer("work", bound=2)
+    producer.add_consumer(options.peer)
+    say("ready")
+    await producer.call("first")  # from now on there is credit
+    await producer.put("small")
+    await producer.put(np.ones(options.size_bytes, np.uint8))
+    asyncio.get_running_loop().call_soon(say, "sending")  # behind the channel's own flush
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+async def main(options: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
-    endpoint = ZmqEndpoint(name, address)
-    endpoint.connect(peer, peer_address)
+    endpoint = ZmqEndpoint(options.name, options.address, shared_dir=options.shared_dir)
+    endpoint.connect(options.peer, options.peer_address)
+    say("at", endpoint.address)
     ended = loop.run_in_executor(None, sys.stdin.read)
-    task = asyncio.create_task(globals()[role](endpoint, peer))
+    task = asyncio.create_task(globals()[options.role](endpoint, options))
+    task.add_done_callback(report)
     await ended
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     endpoint.close()
 
 
+def report(task: "asyncio.Task[None]") -> None:
+    """A role that fails says so: whoever reads its stdout would wait for ever."""
+    if not task.cancelled() and task.exception() is not None:
+        say("raised", repr(task.exception()))
+
+
 if __name__ == "__main__":
-    uvloop.run(main(*sys.argv[1:6]))
+    parser = argparse.ArgumentParser()
+    for argument in ("role", "name", "address", "peer", "peer_address"):
+        parser.add_argument(argument)
+    parser.add_argument("--shared-dir", type=Path)
+    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument("--items", type=int, default=10)
+    parser.add_argument("--size-bytes", type=int, default=8)
+    parser.add_argument("--bound-bytes", type=int, default=BOUND_BYTES)
+    uvloop.run(main(parser.parse_args()))

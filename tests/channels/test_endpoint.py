@@ -331,6 +331,7 @@ def test_echo_of_another_process(run: Run, sockets: Path, start: Callable[..., P
             box = mailbox(here)
             there = f"ipc://{sockets}/there"
             peer = start("echo", "there", there, "here", here.address)
+            assert await peer.says() == f"at {there}"
             assert await peer.says() == "ready"
             here.connect("there", there)
             for number in range(2000):
