@@ -113,19 +113,18 @@ class CudaDevice:
     """A GPU that this process may use, by default torch's current one."""
 
     def __init__(self, ordinal: int | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                "torch sees no GPU in this process: look at CUDA_VISIBLE_DEVICES, driver and build"
+            )
         try:
-            driver = importlib.import_module(
-                "cuda.bindings.driver"
-            )  # CUDA builds of torch bring it
+            # CUDA builds of torch bring it; others have no use for it.
+            driver = importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise DeviceError(
                 "device tensors need the package cuda-bindings: install it beside torch, "
                 "in the version that its CUDA has"
             ) from error
-        if not torch.cuda.is_available():
-            raise DeviceError(
-                "torch sees no GPU in this process: look at CUDA_VISIBLE_DEVICES, driver and build"
-            )
         torch.cuda.init()  # type: ignore[no-untyped-call]
         ordinal = torch.cuda.current_device() if ordinal is None else ordinal
         self.device = torch.device("cuda", ordinal)
@@ -140,9 +139,8 @@ class CudaDevice:
         self._call("cuMemFree", self._driver.CUdeviceptr(address))
 
     def export(self, address: int) -> bytes:
-        handle: bytes = self._call("cuIpcGetMemHandle", self._driver.CUdeviceptr(address))[
-            0
-        ].reserved
+        (exported,) = self._call("cuIpcGetMemHandle", self._driver.CUdeviceptr(address))
+        handle: bytes = exported.reserved
         return handle
 
     def open(self, handle: bytes) -> tuple[int, int]:

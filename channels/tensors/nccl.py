@@ -283,7 +283,7 @@ class _Link:
             waited = time.monotonic() - begin
             if waited > self._deadline_s:
                 raise DeviceError(f"no answer within {self._deadline_s:g} s")
-            if self._over.wait(min(max(_LOOK_S, waited / 16), _LOOK_MAX_S)):
+            if self._over.wait(min(max(_LOOK_S, waited / 32), _LOOK_MAX_S)):
                 return False
         return not self._over.is_set()
 
@@ -638,6 +638,7 @@ class _CudaCommunicator:
 
     def abort(self) -> None:
         self._call("ncclCommAbort", self._communicator)
+        self._stream.synchronize()  # it may return before the transfers have ended
 
     def _transfer(self, name: str, tensor: torch.Tensor, after: DeviceEvent) -> None:
         after.wait(self._stream)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 from device_fakes import DEADLINE_S, FakeDevice, FakeNode, FakeStream
+from device_peer import Peers
 
 from channels.errors import BadFrame
 from channels.tensors.cuda_ipc import (
@@ -361,3 +362,111 @@ def test_handles_that_name_nothing_are_unreachable(pair: Pair) -> None:
     for junk in (b"", b"\xc1", msgspec.msgpack.encode(DeviceOffer(PLACE.pool, HANDLE))):
         with pytest.raises(BadFrame):
             pair.views.open("producer", junk)
+
+
+GIB = 1 << 30
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+# What the producer and the consumer see: the same GPU; two GPUs, each seen by one only; two, in opposite order.
+VISIBLE = [
+    pytest.param("0", "0", marks=needs_gpu, id="same"),
+    pytest.param("0", "1", marks=needs_two_gpus, id="two"),
+    pytest.param("0,1", "1,0", marks=needs_two_gpus, id="two-seen-by-both"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("producer_sees", "consumer_sees"), VISIBLE)
+@pytest.mark.parametrize("segments", ["False", "True"])
+def test_real_gpus_every_dtype(producer_sees: str, consumer_sees: str, segments: str) -> None:
+    """Bit by bit, whatever torch's own allocator does; all blocks come back."""
+    settings = {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{segments}"}
+    with Peers() as peers:
+        producer = peers.start("producer", producer_sees, **settings)
+        consumer = peers.start("consumer", consumer_sees, **settings)
+        consumer.ask("accept", producer.ask("offer"))
+        for seed, dtype in enumerate(EVERY_DTYPE):
+            name = str(dtype).removeprefix("torch.")
+            place, _ = producer.ask("make", name, 48000, seed, seed % 2 == 0)
+            *_, device = consumer.ask("open", place)
+            assert device == "cuda:0"
+            assert consumer.ask("check", name, seed)
+            consumer.ask("drop")
+            producer.ask("drop")
+            producer.ask("returned", consumer.ask("give_back"))
+            assert producer.ask("facts")["blocks"] == 0
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_real_gpu_a_gib_is_not_copied() -> None:
+    """The consumer sees what the producer writes later, soon after it was sent, and allocates nothing."""
+    with Peers() as peers:
+        producer = peers.start("producer", "0", pool_bytes=GIB)
+        consumer = peers.start("consumer", "0")
+        consumer.ask("accept", producer.ask("offer"))
+        place, begin = producer.ask("make", "uint8", GIB, 1, True)
+        _, end, _ = consumer.ask("open", place)
+        assert consumer.ask("facts")["allocated"] == 0
+        assert end - begin < 0.02, "through the host it takes longer"
+        assert consumer.ask("check", "uint8", 1)
+        producer.ask("overwrite", 77)
+        assert consumer.ask("first") == 77
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+def test_real_gpus_a_gib_is_copied_once() -> None:
+    """The block returns though the consumer still looks at its copy."""
+    with Peers() as peers:
+        producer = peers.start("producer", "0", pool_bytes=GIB)
+        consumer = peers.start("consumer", "1")
+        consumer.ask("accept", producer.ask("offer"))
+        for seed in range(3):
+            place, _ = producer.ask("make", "uint8", GIB, seed, True)
+            begin, end, _ = consumer.ask("open", place)
+            producer.ask("drop")
+            producer.ask("returned", consumer.ask("give_back"))
+            assert producer.ask("facts")["blocks"] == 0
+            assert consumer.ask("check", "uint8", seed)
+        assert end - begin < 0.02, "through the host it takes longer"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("producer_sees", "consumer_sees"), VISIBLE)
+def test_real_gpus_a_killed_consumer_leaves_its_blocks(
+    producer_sees: str, consumer_sees: str
+) -> None:
+    """Once the producer hears that it is gone; the next one finds the pool as it was."""
+    with Peers() as peers:
+        producer = peers.start("producer", producer_sees)
+        for seed in range(2):
+            consumer = peers.start("consumer", consumer_sees)
+            place, _ = producer.ask("make", "float32", 1 << 20, seed, True)
+            consumer.ask("open", place)
+            assert consumer.ask("check", "float32", seed)
+            producer.ask("drop")
+            consumer.kill()
+            assert producer.ask("facts")["blocks"] == 1
+            producer.ask("gone", "consumer")
+            assert producer.ask("facts")["blocks"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("producer_sees", "consumer_sees"), VISIBLE)
+def test_real_gpus_a_killed_producer_leaves_the_consumer_whole(
+    producer_sees: str, consumer_sees: str
+) -> None:
+    """It can compute, let go of what it saw, and work with the next producer of that name."""
+    with Peers() as peers:
+        consumer = peers.start("consumer", consumer_sees)
+        for seed in range(2):
+            producer = peers.start("producer", producer_sees)
+            place, _ = producer.ask("make", "float32", 1 << 20, seed, True)
+            consumer.ask("open", place)
+            assert consumer.ask("check", "float32", seed)
+            producer.kill()
+            assert consumer.ask("facts")["computes"] == 1000
+            consumer.ask("forget")
+            consumer.ask("drop")
+            consumer.ask("give_back")

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 from device_fakes import DEADLINE_S, FakeFabric, FakeLibrary
+from device_peer import Peer, Peers
 from test_cuda_ipc import EVERY_DTYPE, bits_of, example
 
 from channels.errors import BadFrame, Closed, PeerLost
@@ -275,3 +276,89 @@ def test_closing_fails_what_is_pending(cluster: Cluster) -> None:
         cluster.a.links.send("b", torch.ones(3))
     with pytest.raises(Closed):
         cluster.a.links.receive("b", msgspec.msgpack.encode(PLACE))
+
+
+GIB = 1 << 30
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+
+
+def passed(a: Peer, b: Peer, name: str, dtype: str, nbytes: int, seed: int) -> None:
+    """One tensor from a to b, whole."""
+    b.ask("receive", "a", name, a.ask("send", "b", name, dtype, nbytes, seed))
+    assert b.ask("outcome", name) == "done"
+    assert b.ask("check", dtype, seed)
+    assert a.ask("outcome", name) == "done"
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_real_gpus_every_dtype_and_a_gib() -> None:
+    """Each process sees one GPU; both directions."""
+    with Peers() as peers:
+        a, b = peers.start("a", "0"), peers.start("b", "1")
+        for seed, dtype in enumerate(EVERY_DTYPE):
+            passed(a, b, "small", str(dtype).removeprefix("torch."), 48000, seed)
+        passed(a, b, "large", "uint8", GIB, 1)
+        a.ask("receive", "b", "back", b.ask("send", "a", "back", "float32", 4000, 3))
+        assert a.ask("outcome", "back") == "done"
+        assert a.ask("check", "float32", 3)
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.parametrize("survivor", ["sender", "receiver"])
+def test_real_gpus_a_killed_peer(connected: bool, survivor: str) -> None:
+    """While the device of the survivor waits for it: an error within a second of the news, and a new link works."""
+    with Peers() as peers:
+        a, b = peers.start("a", "0"), peers.start("b", "1")
+        if connected:
+            passed(a, b, "first", "float32", 1 << 20, 0)
+        place = a.ask("send", "b", "never", "uint8", GIB, 1)
+        living, dead, name = (a, b, "b") if survivor == "sender" else (b, a, "a")
+        if living is b:
+            a.kill()  # before it can send, and b asks for what will never come
+            b.ask("receive", "a", "never", place)
+        dead.kill()
+        begin = time.monotonic()
+        living.ask("gone", name)
+        assert "PeerLost" in living.ask("outcome", "never")
+        assert time.monotonic() - begin < LOST_S
+        assert living.ask("facts")["computes"] == 1000
+        again = peers.start(name, "1" if name == "b" else "0")
+        pair = (a, again) if living is a else (again, b)
+        passed(*pair, "next", "float32", 1 << 20, 2)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_real_gpus_a_peer_killed_in_the_middle() -> None:
+    """Of thirty GiB on their way: what had left is done, and the rest lost."""
+    with Peers() as peers:
+        a, b = peers.start("a", "0"), peers.start("b", "1")
+        passed(a, b, "first", "float32", 1 << 20, 0)
+        names = [f"item-{i}" for i in range(30)]
+        for name in names:
+            place = a.ask("send", "b", name, "uint8", GIB, 1)
+            if name != names[-1]:
+                b.tell("receive", "a", name, place)
+        b.kill()
+        begin = time.monotonic()
+        a.ask("gone", "b")
+        outcomes = [a.ask("outcome", name) for name in names]
+        assert time.monotonic() - begin < LOST_S
+        assert "PeerLost" in outcomes[-1]
+        lost_first = outcomes.index(outcomes[-1])
+        assert outcomes == ["done"] * lost_first + [outcomes[-1]] * (30 - lost_first)
+        assert a.ask("facts")["computes"] == 1000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_real_gpu_twice_is_refused() -> None:
+    """In words, at the receiver; NCCL is not asked."""
+    with Peers() as peers:
+        a, b = peers.start("a", "0"), peers.start("b", "0")
+        place = a.ask("send", "b", "x", "float32", 4000, 0)
+        with pytest.raises(RuntimeError, match="DeviceUnreachable: b and a are on the same GPU"):
+            b.ask("receive", "a", "x", place)
