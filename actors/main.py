@@ -5,12 +5,16 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from actors.host import ActorHost
 from channels.endpoint import ZmqEndpoint
 from channels.lifecycle import ActorSpec
+
+if TYPE_CHECKING:
+    from channels.tensors.devices import Device
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
@@ -28,7 +32,13 @@ def run(argument: bytes) -> int:
 
 
 async def _main(spec: ActorSpec) -> int:
-    endpoint = ZmqEndpoint(spec.peer, spec.address, shared_dir=Path(spec.weights_dir))
+    on_gpu = any(device.startswith("cuda") for device in spec.devices)
+    endpoint = ZmqEndpoint(
+        spec.peer,
+        spec.address,
+        shared_dir=Path(spec.weights_dir),
+        device=_gpu if on_gpu else None,
+    )
     host = ActorHost(spec, endpoint)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -37,3 +47,9 @@ async def _main(spec: ActorSpec) -> int:
         return await host.main()
     finally:
         endpoint.close()
+
+
+def _gpu() -> "Device":
+    from channels.tensors.devices import CudaDevice
+
+    return CudaDevice()

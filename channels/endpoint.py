@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -39,6 +39,12 @@ from channels.errors import BadFrame, ChannelError, Closed, PeerLost, TooLarge
 from channels.messages import Message
 from channels.sizes import size_bytes
 from channels.sockets import DrainedSocket, Part, send_parts
+from channels.tensors.lending import (
+    DeviceAnswered,
+    DeviceLending,
+    DeviceMessage,
+    DeviceOffered,
+)
 from channels.tensors.shm import ArenaFrame, SharedArena, SharedViews
 from channels.tensors.tcp import (
     CHUNK_BYTES,
@@ -48,6 +54,9 @@ from channels.tensors.tcp import (
     BulkSender,
     Transfer,
 )
+
+if TYPE_CHECKING:
+    from channels.tensors.devices import Device
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +70,9 @@ INLINE_PER_TURN = 128
 SHARED_FRAME_BYTES = (
     128 * 1024
 )  # below it a socket is as fast as shared memory: waking the other end is what counts
-# What a frame on the wire is: the bytes, their place in shared memory, or the name under which they
-# follow in chunks.
-_BYTES, _SHARED, _CHUNKED = range(3)
+# What a frame on the wire is: the bytes, their place in shared memory, the name under which they
+# follow in chunks, or their place on a device.
+_BYTES, _SHARED, _CHUNKED, _DEVICE = range(4)
 
 OnMessage = Callable[[str, Message, Any], None]
 
@@ -77,7 +86,7 @@ class FramesReleased(Message, frozen=True, tag="frames_released"):
 class Transport(NamedTuple):
     """How payloads reach a peer, and why so."""
 
-    name: str  # "inline", "shared_memory", "ipc" or "tcp"
+    name: str  # "inline", "cuda_ipc", "shared_memory", "ipc" or "tcp"
     why: str
 
 
@@ -141,6 +150,8 @@ class ZmqEndpoint:
 
     shared_dir: a directory on a tmpfs, the same for the processes of a job on this node. Large arrays
     for peers at "ipc://" addresses then travel through shared memory, see `channels.tensors.shm`.
+    device: gives the GPU of this process, when it is first needed. Device tensors for such peers then stay
+    on it, see `channels.tensors.cuda_ipc`; otherwise they go through the host, and arrive there.
     """
 
     def __init__(
@@ -150,6 +161,8 @@ class ZmqEndpoint:
         *,
         max_payload_bytes: int = MAX_PAYLOAD_BYTES,
         shared_dir: Path | None = None,
+        device: "Callable[[], Device] | None" = None,
+        device_type: str = "cuda",
     ) -> None:
         if not 0 < len(name.encode()) < 256:
             raise ValueError(f'endpoint name "{name}": 1 to 255 bytes are allowed; shorten it')
@@ -171,6 +184,9 @@ class ZmqEndpoint:
         if shared_dir is not None:
             self._arena = SharedArena(shared_dir, quote(name, safe=""))
             self._views = SharedViews(shared_dir, self._return_soon)
+        self._devices: DeviceLending | None = None
+        if device is not None:
+            self._devices = DeviceLending(device, self._tell, device_type=device_type)
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.RCVHWM, 0)
@@ -229,9 +245,15 @@ class ZmqEndpoint:
             if bulk is not None:
                 bulk.close()
             self._incoming.forget(peer)
+            if self._devices is not None:
+                self._devices.forget(peer)
             if self._arena is not None and self._views is not None:
                 self._arena.peer_gone(peer)
                 self._views.forget(quote(peer, safe=""))
+
+    def empty_on_device(self, shape: Sequence[int], dtype: Any) -> Any:
+        """A torch tensor to be filled and sent without a copy, in memory that peers reach; None without room or GPU."""
+        return None if self._devices is None else self._devices.empty(tuple(shape), dtype)
 
     def empty(self, shape: Sequence[int] | int, dtype: Any = np.float32) -> Any:
         """A numpy array to be filled and sent: where the peers share memory with us, it lies there already."""
@@ -240,7 +262,8 @@ class ZmqEndpoint:
 
     def pack(self, tree: Any) -> payload.Encoded:
         packed = isinstance(tree, payload.Encoded)
-        encoded = tree if packed else payload.encode(tree)
+        on_device = None if self._devices is None else self._devices.frame
+        encoded = tree if packed else payload.encode(tree, on_device)
         _check_size(encoded.size_bytes, self._max_payload_bytes)
         return encoded if packed else self._share(encoded)
 
@@ -271,9 +294,13 @@ class ZmqEndpoint:
         if self._arena is None:
             return Transport("ipc", "same node, and no shared directory was given")
         least = f"{SHARED_FRAME_BYTES >> 10} KiB"
-        return Transport(
-            "shared_memory", f"same node; arrays below {least} and all else through the ipc socket"
-        )
+        why = f"same node; arrays below {least} and all else through the ipc socket"
+        answer = None if self._devices is None else self._devices.reaches(peer)
+        if answer is not None and answer.reaches:
+            return Transport("cuda_ipc", f"same node, tensors on a device; {why}")
+        if answer is not None:
+            why += f"; device tensors through the host: {answer.reason}"
+        return Transport("shared_memory", why)
 
     def _share(self, encoded: payload.Encoded) -> payload.Encoded:
         """Put large frames where peers of this node can see them."""
@@ -290,13 +317,14 @@ class ZmqEndpoint:
         self, peer: str, address: str, frames: Sequence[memoryview | payload.SharedFrame]
     ) -> list[payload.Buffer]:
         """What kind each frame is, and then the frames."""
-        local = self._arena is not None and address.startswith("ipc://")
         kinds = bytearray()
         parts: list[payload.Buffer] = []
         for frame in frames:
-            if local and isinstance(frame, ArenaFrame):
-                kinds.append(_SHARED)
-                parts.append(frame.lend(peer))
+            lent = self._lent(peer, frame) if address.startswith("ipc://") else None
+            if lent is not None:
+                kind, place = lent
+                kinds.append(kind)
+                parts.append(place)
             elif address.startswith("tcp://") and frame.nbytes > CHUNK_BYTES:
                 transfer = Transfer(next(self._transfers), frame.nbytes)
                 kinds.append(_CHUNKED)
@@ -307,6 +335,15 @@ class ZmqEndpoint:
                 kinds.append(_BYTES)
                 parts.append(frame if isinstance(frame, memoryview) else frame.view)
         return [kinds, *parts]
+
+    def _lent(self, peer: str, frame: memoryview | payload.SharedFrame) -> tuple[int, bytes] | None:
+        """Kind and place of a frame that a peer of this node can reach; it is lent to it."""
+        if isinstance(frame, memoryview):
+            return None
+        if isinstance(frame, ArenaFrame):
+            return _SHARED, frame.lend(peer)
+        place = None if self._devices is None else self._devices.lend(peer, frame)
+        return None if place is None else (_DEVICE, place)
 
     def _bulk_to(self, peer: str, address: str) -> BulkSender:
         bulk = self._bulk.get(peer)
@@ -328,6 +365,8 @@ class ZmqEndpoint:
         self._mailbox.close()
         if self._arena is not None:
             self._arena.close()
+        if self._devices is not None:
+            self._devices.close()
         if self.address.startswith("ipc://"):
             # ZeroMQ removes the file in its own thread, which the end of the process may overtake.
             try:
@@ -351,6 +390,9 @@ class ZmqEndpoint:
             if isinstance(message, FramesReleased):
                 if self._arena is not None:
                     self._arena.returned(sender, message.blocks)
+                return
+            if isinstance(message, DeviceMessage):
+                self._device_message(sender, message)
                 return
             transfers = self._announced(frames) if len(frames) > BEFORE_FRAMES else {}
         except BadFrame as error:
@@ -410,12 +452,26 @@ class ZmqEndpoint:
                     buffers.append(self._buffer(sender, kind, frames[place]))
         return payload.decode(header, buffers)
 
-    def _buffer(self, sender: str, kind: int, frame: zmq.Frame) -> payload.Buffer:
+    def _buffer(self, sender: str, kind: int, frame: zmq.Frame) -> Any:
         if kind == _BYTES:
             return frame.buffer
         if kind == _SHARED and self._views is not None:
             return self._views.open(sender, frame.buffer)
+        if kind == _DEVICE and self._devices is not None:
+            return self._devices.open(sender, frame.buffer)
         raise BadFrame(f"a frame of kind {kind} cannot be read here")
+
+    def _device_message(self, sender: str, message: DeviceMessage) -> None:
+        if self._devices is not None:
+            self._devices.received(sender, message)
+        elif isinstance(message, DeviceOffered):
+            self._tell(sender, DeviceAnswered(reaches=False, reason=f"{self.name} has no GPU"))
+
+    def _tell(self, peer: str, message: Message) -> None:
+        """Say something between endpoints; a peer that is gone need not hear it."""
+        known = self._peers.get(peer)
+        if known is not None:
+            send_parts(known[1], [messages.encode(message)])
 
     def _return_soon(self) -> None:
         """Called wherever an array is collected, in any thread."""
@@ -431,9 +487,7 @@ class ZmqEndpoint:
         self._returning = False
         assert self._views is not None
         for sender, blocks in self._views.take_released().items():
-            known = self._peers.get(sender)
-            if known is not None:  # otherwise it is gone, and its memory with it
-                send_parts(known[1], [messages.encode(FramesReleased(blocks=tuple(blocks)))])
+            self._tell(sender, FramesReleased(blocks=tuple(blocks)))
 
 
 def _name_of(identity: bytes) -> str:

@@ -77,6 +77,9 @@ class SharedFrame(Protocol):
         ...
 
 
+DeviceFrameOf = Callable[[Any], SharedFrame | None]  # of a torch tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """An encoded tree. It may itself stand in a tree, and is then decoded in its place."""
@@ -184,9 +187,13 @@ def register(cls: type[T], name: str | None = None) -> type[T]:
     return cls
 
 
-def encode(tree: Any) -> Encoded:
-    """Encode a payload tree. Raises TypeError, naming the type, for what cannot travel."""
-    encoder = _Encoder()
+def encode(tree: Any, device_frame: DeviceFrameOf | None = None) -> Encoded:
+    """Encode a payload tree. Raises TypeError, naming the type, for what cannot travel.
+
+    device_frame: gives the frame of a tensor that is to stay on its device, None for others; these
+    are copied to the host.
+    """
+    encoder = _Encoder(device_frame)
     packer = msgpack.Packer(
         default=encoder.default, strict_types=True, unicode_errors="surrogatepass", buf_size=4096
     )
@@ -219,9 +226,10 @@ def decode(header: Buffer, buffers: Sequence[Buffer] = (), nesting: int = 0) -> 
 class _Encoder:
     """Turns what MessagePack does not know into what it knows, and collects the bytes of arrays."""
 
-    __slots__ = ("frames", "pack", "pack_size")
+    __slots__ = ("device_frame", "frames", "pack", "pack_size")
 
-    def __init__(self) -> None:
+    def __init__(self, device_frame: DeviceFrameOf | None) -> None:
+        self.device_frame = device_frame
         self.pack: list[bytes] = []
         self.pack_size = 0
         self.frames: list[memoryview | SharedFrame] = []
@@ -307,13 +315,18 @@ class _Encoder:
             )
         if name not in _TORCH_DTYPES:
             raise TypeError(f"a payload cannot hold a tensor of {tensor.dtype}: convert it first")
+        code, ndim = _TORCH_DTYPES.index(name), tensor.ndim
+        on_device = None if self.device_frame is None else self.device_frame(tensor)
+        if on_device is not None:
+            self.frames.append(on_device)
+            place = _PLACES[ndim].pack(code, ndim, len(self.frames), 0, *tensor.shape)
+            return msgpack.ExtType(_TENSOR, place)
         dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
         data = memoryview(dense.view(torch.uint8).numpy())
         if data.nbytes < FRAME_BYTES:
             frame, offset = 0, self._append(data.tobytes())
         else:
             frame, offset = self._frame(data), 0
-        code, ndim = _TORCH_DTYPES.index(name), tensor.ndim
         return msgpack.ExtType(
             _TENSOR, _PLACES[ndim].pack(code, ndim, frame, offset, *tensor.shape)
         )
@@ -394,6 +407,8 @@ class _Decoder:
         buffer = self._buffer(frame, offset, nbytes)
         if not nbytes:
             return torch.empty(shape, dtype=dtype)
+        if isinstance(buffer, torch.Tensor):  # on a device
+            return buffer[offset : offset + nbytes].view(dtype).reshape(shape)
         view = memoryview(buffer)[offset : offset + nbytes]
         writable = bytearray(view) if frame == 0 or view.readonly else view
         return torch.frombuffer(writable, dtype=torch.uint8).view(dtype).reshape(shape)

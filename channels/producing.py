@@ -36,7 +36,7 @@ def by_reference(payload: Any) -> tuple[Any, int]:
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """An item that was put and is not acknowledged. `token` belongs to the shell."""
+    """An item that was put; once it has ended its payload is let go of. `token` belongs to the shell."""
 
     sequence: int
     payload: Any
@@ -70,6 +70,8 @@ class _Link:
     told_depth: int = 0
     serial: int = 0
     last_served: int = 0
+    num_items: int = 0  # sent, with their bytes
+    num_bytes: int = 0
     recalled: bool = False
     in_flight: dict[int, Pending] = field(default_factory=dict)
     cancels: list[int] = field(default_factory=list)
@@ -259,6 +261,8 @@ class ProducerProtocol:
             link.credit -= 1
             self._clock += 1
             link.last_served = self._clock
+            link.num_items += 1
+            link.num_bytes += pending.size_bytes
             link.in_flight[pending.sequence] = pending
             pending.holder = peer
             pending.attempt += 1
@@ -362,6 +366,8 @@ class ProducerProtocol:
 
     def _finish(self, pending: Pending, result: Any, error: Exception | None) -> None:
         pending.done = True
+        # It may stay in the heap until it is reached; shared memory is not to wait for that.
+        pending.payload = pending.packed = None
         pending.holder = None
         self.num_pending -= 1
         self.size_bytes -= pending.size_bytes

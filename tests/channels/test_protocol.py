@@ -477,7 +477,7 @@ class Histories(RuleBasedStateMachine):
             if end.num_pending < end.bound:
                 item = self.next_item = self.next_item + 1
                 self.open[producer][item] = end.put(
-                    item, key=[None, "k", 1][item % 3], priority=priority
+                    item, key=[None, "k", 1][item % 3], priority=priority, token=item
                 )
 
     def flush(self, random: Random) -> None:
@@ -609,7 +609,7 @@ class Histories(RuleBasedStateMachine):
                 self.end(name, outcome)
 
     def end(self, producer: str, outcome: Outcome) -> None:
-        item = outcome.pending.payload
+        item = outcome.pending.token  # the payload is let go of
         if item in self.cancelled:
             self.open[producer].pop(item, None)
             return
