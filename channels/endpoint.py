@@ -38,7 +38,8 @@ from channels import messages, payload
 from channels.errors import BadFrame, ChannelError, Closed, PeerLost, TooLarge
 from channels.messages import Message
 from channels.sizes import size_bytes
-from channels.sockets import DrainedSocket, Part, send_parts
+from channels.sockets import Connection, DealerConnection, DrainedSocket, Frame, Part
+from channels.streams import LocalConnection, LocalMailbox
 from channels.tensors.lending import (
     DeviceAnswered,
     DeviceLending,
@@ -142,7 +143,7 @@ def _check_size(size: int, limit: int) -> None:
 
 
 class ZmqEndpoint:
-    """An endpoint between processes: a ROUTER as mailbox, and a DEALER per connected peer.
+    """An endpoint between processes: over Unix sockets within a node, over ZeroMQ between nodes.
 
     Made on the running loop. address: "ipc:///path" (at most 107 bytes of path) or
     "tcp://host:port"; with port "*" the attribute `address` says which was taken. Messages that
@@ -170,7 +171,7 @@ class ZmqEndpoint:
         self.on_message: OnMessage = unhandled
         self._max_payload_bytes = max_payload_bytes
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._peers: dict[str, tuple[str, zmq.Socket[bytes]]] = {}
+        self._peers: dict[str, tuple[str, Connection]] = {}
         self._names: dict[bytes, str] = {}
         self._bulk: dict[str, BulkSender] = {}
         self._incoming = BulkReceiver(max_payload_bytes)
@@ -187,26 +188,37 @@ class ZmqEndpoint:
         self._devices: DeviceLending | None = None
         if device is not None:
             self._devices = DeviceLending(device, self._tell, device_type=device_type)
+        _check_path(address)
+        self._mailbox: LocalMailbox | DrainedSocket
+        try:
+            if address.startswith("ipc://"):
+                limit = max_payload_bytes + messages.MAX_MESSAGE_BYTES
+                path = address.removeprefix("ipc://")
+                self._mailbox = LocalMailbox(path, self._received, limit)
+                self.address = address
+            else:
+                router = self._router(address)
+                self._mailbox = DrainedSocket(router, self._received)
+                self.address = router.get_string(zmq.LAST_ENDPOINT)
+        except (OSError, zmq.ZMQError) as error:
+            raise ChannelError(
+                f"endpoint {name} cannot bind {address}: {error.strerror}"
+            ) from error
+
+    def _router(self, address: str) -> "zmq.Socket[bytes]":
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.RCVHWM, 0)
-        router.setsockopt(zmq.MAXMSGSIZE, max_payload_bytes)
+        router.setsockopt(zmq.MAXMSGSIZE, self._max_payload_bytes)
         # A peer that connects again (restarted, or with a new connection) takes its name over from
         # the old connection.
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
-            _check_path(address)
             router.bind(address)
-        except zmq.ZMQError as error:
-            router.close(0)
-            raise ChannelError(
-                f"endpoint {name} cannot bind {address}: {error.strerror}"
-            ) from error
-        except ChannelError:
+        except zmq.ZMQError:
             router.close(0)
             raise
-        self.address = router.get_string(zmq.LAST_ENDPOINT)
-        self._mailbox = DrainedSocket(router, self._received)
+        return router
 
     def connect(self, peer: str, address: str) -> None:
         if self._closed:
@@ -217,7 +229,13 @@ class ZmqEndpoint:
                 return
             self.disconnect(peer)
         _check_path(address)
-        self._peers[peer] = (address, self._dealer(peer, address, self.name.encode(), 0))
+        name = self.name.encode()
+        connection: Connection
+        if address.startswith("ipc://"):
+            connection = LocalConnection(address.removeprefix("ipc://"), name)
+        else:
+            connection = DealerConnection(self._dealer(peer, address, name, 0))
+        self._peers[peer] = (address, connection)
 
     def _dealer(
         self, peer: str, address: str, identity: bytes, high_water: int
@@ -275,7 +293,7 @@ class ZmqEndpoint:
             raise _not_connected(self.name, peer)
         head = messages.encode(message)
         if payload is None:
-            send_parts(known[1], [head])
+            known[1].send([head])
         else:
             encoded = self.pack(payload)
             parts: list[Part] = [head, encoded.header]
@@ -283,7 +301,7 @@ class ZmqEndpoint:
                 parts += [encoded.pack, *self._frames(peer, known[0], encoded.frames)]
             elif encoded.pack:
                 parts.append(encoded.pack)
-            send_parts(known[1], parts)
+            known[1].send(parts)
 
     def transport(self, peer: str) -> Transport:
         if peer not in self._peers:
@@ -356,8 +374,8 @@ class ZmqEndpoint:
         if self._closed:
             return
         self._closed = True
-        for _, dealer in self._peers.values():
-            dealer.close(CLOSE_LINGER_MS)
+        for _, connection in self._peers.values():
+            connection.close(CLOSE_LINGER_MS)
         for bulk in self._bulk.values():
             bulk.close(CLOSE_LINGER_MS)
         self._peers.clear()
@@ -367,14 +385,8 @@ class ZmqEndpoint:
             self._arena.close()
         if self._devices is not None:
             self._devices.close()
-        if self.address.startswith("ipc://"):
-            # ZeroMQ removes the file in its own thread, which the end of the process may overtake.
-            try:
-                os.unlink(self.address.removeprefix("ipc://"))
-            except FileNotFoundError:
-                pass
 
-    def _received(self, frames: list[zmq.Frame]) -> None:
+    def _received(self, frames: Sequence[Frame]) -> None:
         identity = frames[0].bytes
         sender = self._names.get(identity)
         try:
@@ -405,7 +417,7 @@ class ZmqEndpoint:
                 return
         self._deliver(sender, message, frames, transfers)
 
-    def _announced(self, frames: list[zmq.Frame]) -> dict[int, Transfer]:
+    def _announced(self, frames: Sequence[Frame]) -> dict[int, Transfer]:
         """The frames of a message that follow in chunks, by their place."""
         kinds = frames[BEFORE_FRAMES - 1].bytes
         return {
@@ -418,7 +430,7 @@ class ZmqEndpoint:
         self,
         sender: str,
         message: Message,
-        frames: list[zmq.Frame],
+        frames: Sequence[Frame],
         transfers: dict[int, Transfer],
     ) -> None:
         tree = None
@@ -431,7 +443,7 @@ class ZmqEndpoint:
         self.on_message(sender, message, tree)
 
     def _decode_payload(
-        self, sender: str, frames: list[zmq.Frame], transfers: dict[int, Transfer]
+        self, sender: str, frames: Sequence[Frame], transfers: dict[int, Transfer]
     ) -> Any:
         """frames: sender, message, header, pack, the kinds of the frames, the frames."""
         header = frames[2].buffer
@@ -452,7 +464,7 @@ class ZmqEndpoint:
                     buffers.append(self._buffer(sender, kind, frames[place]))
         return payload.decode(header, buffers)
 
-    def _buffer(self, sender: str, kind: int, frame: zmq.Frame) -> Any:
+    def _buffer(self, sender: str, kind: int, frame: Frame) -> Any:
         if kind == _BYTES:
             return frame.buffer
         if kind == _SHARED and self._views is not None:
@@ -471,7 +483,7 @@ class ZmqEndpoint:
         """Say something between endpoints; a peer that is gone need not hear it."""
         known = self._peers.get(peer)
         if known is not None:
-            send_parts(known[1], [messages.encode(message)])
+            known[1].send([messages.encode(message)])
 
     def _return_soon(self) -> None:
         """Called wherever an array is collected, in any thread."""
@@ -491,7 +503,7 @@ class ZmqEndpoint:
 
 
 def _name_of(identity: bytes) -> str:
-    if identity.startswith(b"\0"):
+    if not identity or identity.startswith(b"\0"):
         raise BadFrame("the sender declared no name")
     try:
         return identity.decode()

@@ -8,6 +8,7 @@ lets the loop breathe. Works on uvloop and on the standard loop.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import zmq
 
@@ -22,6 +23,28 @@ _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 Part = bytes | bytearray | memoryview
+
+
+class Frame(Protocol):
+    """A part of a message that came: a zmq.Frame, or what other sockets make of theirs."""
+
+    @property
+    def bytes(self) -> bytes: ...
+
+    @property
+    def buffer(self) -> memoryview: ...
+
+
+class Connection(Protocol):
+    """One way to a mailbox."""
+
+    def send(self, parts: Sequence[Part]) -> None:
+        """Send one message of at least one part. Never blocks."""
+        ...
+
+    def close(self, linger_ms: int = 0) -> None:
+        """End the connection; what was sent has `linger_ms` to leave."""
+        ...
 
 
 class DrainedSocket:
@@ -85,6 +108,21 @@ class DrainedSocket:
                     {"message": "a handler of received messages failed", "exception": error}
                 )
         self._drain_soon()
+
+
+class DealerConnection:
+    """A connection that is a ZeroMQ socket; it owns the socket."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
+        self._socket = socket
+
+    def send(self, parts: Sequence[Part]) -> None:
+        """See `Connection`. Never blocks where the socket has no high-water mark."""
+        send_parts(self._socket, parts)
+
+    def close(self, linger_ms: int = 0) -> None:
+        """See `Connection`."""
+        self._socket.close(linger_ms)
 
 
 def send_parts(socket: "zmq.Socket[bytes]", parts: Sequence[Part]) -> None:
