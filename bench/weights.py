@@ -1,13 +1,15 @@
 """How fast do new weights reach two receivers, against three processes that do nothing but these copies?
 
     python -m bench.weights --json
+    python -m bench.weights --device cuda --json
 
 A state dict with the names and shapes of a 0.5B Qwen2 in bfloat16. Every round, of `full`, `bare` and `delta` in turn,
 lasts from the call of `publish` until both receivers have the version in tensors of their own; gigabytes are those of
 the model, also for `delta`, where `--changed` of the elements differ. `bare`: the publisher copies each tensor into a
 shared mapping that all three touched before, the receivers copy it out; no file, no lock, no version.
 
-At the end the receivers' tensors are compared with the publisher's by checksum.
+At the end the receivers' tensors are compared with the publisher's by checksum. `--device cuda` is about weights that
+never leave the GPUs: see bench/weights_device.py.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,70 +30,13 @@ from typing import Any
 import torch
 
 from bench.local import MachineLoad, surroundings
+from bench.qwen2 import SIZES, change, copy, make_state, randomize
 from channels.weights import WeightsDirectory
-from channels.weights.delta import WeightsDelta, as_integers, checksum
+from channels.weights.delta import WeightsDelta, checksum
 from channels.weights.layout import lay_out, views
 
-QWEN2 = {  # layers, hidden, intermediate, key and value width
-    "0.5b": (24, 896, 4864, 128),
-    "1.5b": (28, 1536, 8960, 256),
-    "tiny": (2, 64, 128, 16),
-}
-VOCABULARY = 151_936
 RECEIVERS = 2
 KINDS = ("full", "bare", "delta")
-
-
-def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Qwen2 with tied embeddings."""
-    layers, hidden, wide, narrow = QWEN2[size]
-    found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCABULARY if size != "tiny" else 1000, hidden)
-    }
-    for layer in range(layers):
-        found |= {
-            f"model.layers.{layer}.{name}": shape
-            for name, shape in {
-                "self_attn.q_proj.weight": (hidden, hidden),
-                "self_attn.q_proj.bias": (hidden,),
-                "self_attn.k_proj.weight": (narrow, hidden),
-                "self_attn.k_proj.bias": (narrow,),
-                "self_attn.v_proj.weight": (narrow, hidden),
-                "self_attn.v_proj.bias": (narrow,),
-                "self_attn.o_proj.weight": (hidden, hidden),
-                "mlp.gate_proj.weight": (wide, hidden),
-                "mlp.up_proj.weight": (wide, hidden),
-                "mlp.down_proj.weight": (hidden, wide),
-                "input_layernorm.weight": (hidden,),
-                "post_attention_layernorm.weight": (hidden,),
-            }.items()
-        }
-    return found | {"model.norm.weight": (hidden,)}
-
-
-def make_state(size: str, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Zeros: touched, so that no copy meets a fresh page."""
-    return {
-        name: torch.zeros(shape, dtype=torch.bfloat16, device=device)
-        for name, shape in shapes(size).items()
-    }
-
-
-def randomize(state: Mapping[str, torch.Tensor], seed: int) -> None:
-    """Normal weights, the same on every call with this seed."""
-    device = next(iter(state.values())).device
-    generator = torch.Generator(device).manual_seed(seed)
-    for tensor in state.values():
-        tensor.normal_(0.0, 0.02, generator=generator)
-
-
-def change(state: Mapping[str, torch.Tensor], fraction: float, seed: int) -> None:
-    """Flip the lowest bit of so many elements of each tensor, as a small step in bfloat16 does."""
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in state.values():
-        count = max(1, int(tensor.numel() * fraction))
-        places = torch.randint(tensor.numel(), (count,), generator=generator)
-        as_integers(tensor)[places] ^= 1
 
 
 def map_bare(path: Path, size_bytes: int) -> mmap.mmap:
@@ -152,12 +97,6 @@ def receive(directory: Path, size: str) -> None:
                     copy(state, found)
             held[kind] = (0, version)
         print(json.dumps("done"), flush=True)
-
-
-def copy(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
-    """Tensor by tensor."""
-    for name, tensor in target.items():
-        tensor.copy_(source[name])
 
 
 class Publisher:
@@ -246,23 +185,30 @@ def main() -> int:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--size", choices=list(QWEN2), default="0.5b")
+    parser.add_argument("--size", choices=list(SIZES))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--changed", type=float, default=0.01, help="fraction, between versions")
     parser.add_argument("--receive", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda":
+        from bench.weights_device import report
+
+        print(json.dumps(report(args.size or "1.5b", args.rounds), indent=None if args.json else 2))
+        return 0
+    size = args.size or "0.5b"
     if args.receive is not None:
-        receive(args.receive, args.size)
+        receive(args.receive, size)
         return 0
     torch.set_num_threads(1)
     load = MachineLoad()
     results: dict[str, Any] = {
         **surroundings(),
-        "model": f"Qwen2 {args.size}, bfloat16",
+        "model": f"Qwen2 {size}, bfloat16",
         "receivers": RECEIVERS,
         "rounds": args.rounds,
         "changed_fraction": args.changed,
-        **dict(measure(args.size, args.rounds, args.changed)),
+        **dict(measure(size, args.rounds, args.changed)),
         "load": load.report(),
     }
     print(json.dumps(results, indent=None if args.json else 2))
