@@ -13,6 +13,7 @@ import traceback
 from typing import Any
 
 from actors.actor import Actor
+from actors.channel_reports import ChannelReports
 from actors.lease import Lease
 from actors.registry import actor_class
 from channels.channel import ChannelRouter
@@ -60,6 +61,7 @@ class ActorHost:
         self.actor: Actor | None = None
         self._router = ChannelRouter(endpoint)
         self._router.on_message = self._on_message
+        self._channels = ChannelReports(self._router)
         self._early: list[tuple[str, Message, Any]] = []
         self._unmet: dict[str, list[tuple[Message, Any]]] = {}
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
@@ -188,8 +190,9 @@ class ActorHost:
         """Beat until no flowd was heard for the grace. Time that this process slept through does not count."""
         silent_s = 0.0
         while silent_s < self.spec.orphan_grace_s:
-            report = self.actor.report() if self.actor is not None else {}
+            report: dict[str, Any] = {}
             if self.actor is not None:
+                report = {**self.actor.report(), "channels": self._channels.report()}
                 self.actor.spans.flush()
             self._tell(
                 Heartbeat(

@@ -80,6 +80,21 @@ class ChannelStatistics:
     peers: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeStatistics:
+    """What goes from a producer to one of its consumers, now.
+
+    in_flight: items there   credit: items more that may leave at once
+    items, size_bytes: sent since the two met, which they do again when one of them restarts
+    """
+
+    consumer: str
+    in_flight: int
+    credit: int
+    items: int
+    size_bytes: int
+
+
 class ChannelRouter:
     """The channels of one endpoint. Messages that belong to no channel go to `on_message`."""
 
@@ -274,6 +289,19 @@ class Producer:
             bound_bytes=self.bound_bytes,
             peers=len(protocol.links),
         )
+
+    def edges(self) -> list[EdgeStatistics]:
+        """One for each consumer that was introduced."""
+        return [
+            EdgeStatistics(
+                consumer=peer,
+                in_flight=len(link.in_flight),
+                credit=link.credit,
+                items=link.num_items,
+                size_bytes=link.num_bytes,
+            )
+            for peer, link in self._protocol.links.items()
+        ]
 
     def _pack(self, payload: Any) -> tuple[Any, int]:
         packed = self._router.endpoint.pack(payload)

@@ -25,6 +25,7 @@ CTL_COMMANDS = (
     "plan",
     "jobs",
     "status",
+    "channels",
     "logs",
     "events",
     "samples",

@@ -45,6 +45,10 @@ class Daemon(Protocol):
         """UnknownJob when there is none of this name."""
         ...
 
+    def channels(self, job: str) -> list[dict[str, Any]]:
+        """The edges of a running job, as its actors told in their last heartbeats: see `flowd.edges`."""
+        ...
+
     async def cancel(self, job: str) -> dict[str, Any]:
         """Stop a job; returns its status once its actors are gone."""
         ...

@@ -31,6 +31,7 @@ from channels.lifecycle import (
 from channels.messages import Message
 from flowd.actor_record import ActorRecord, Process, Spawner, replica_of
 from flowd.devices import Device
+from flowd.edges import edges
 from flowd.introductions import Introductions
 from flowd.leasing import LeaseShell
 from flowd.paths import JobPlaces
@@ -325,6 +326,11 @@ class Job:
             "reason": self.reason,
             "error": self.error or (self.reason if self.outcome == "failed" else None),
         }
+
+    def channels(self) -> list[dict[str, Any]]:
+        """For `flowctl channels`."""
+        reports = {record.name: record.report for record in self._roster.alive()}
+        return edges(self.name, reports)
 
     def status(self) -> dict[str, Any]:
         """For `flowctl status`."""

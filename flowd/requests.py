@@ -151,6 +151,14 @@ class Requests:
         running = self._jobs.known.get(job)
         return running.status() if running is not None else {**self._summary(row), "actors": []}
 
+    def channels(self, job: str) -> list[dict[str, Any]]:
+        """The edges of a job that runs."""
+        row = self._known(job)
+        running = self._jobs.known.get(job)
+        if running is None or running.state in ENDED:
+            raise RequestError(f'job "{job}" is {row.state}: channels are there while a job runs')
+        return running.channels()
+
     def _summary(self, row: JobRow) -> dict[str, Any]:
         running = self._jobs.known.get(row.name)
         if running is not None:

@@ -55,6 +55,7 @@ class FakeDaemon:
         self.updates: list[dict[str, Any]] = []  # what subscribers get, then the end
         self.end_status: dict[str, Any] | None = None  # of "toy" once the updates are out
         self.event_rows: list[dict[str, Any]] = []
+        self.edges: list[dict[str, Any]] = []
         self.asked: list[tuple[Any, ...]] = []
         self.hold = threading.Event()  # scale waits for it
         self.hold.set()
@@ -74,6 +75,10 @@ class FakeDaemon:
         if job not in self.statuses:
             raise UnknownJob(f'no job "{job}"')
         return self.statuses[job]
+
+    def channels(self, job: str) -> list[dict[str, Any]]:
+        self.asked.append(("channels", job))
+        return self.edges
 
     async def cancel(self, job: str) -> dict[str, Any]:
         return {**self.status(job), "state": "cancelled"}

@@ -153,6 +153,41 @@ def test_tables(server, capsys):
     assert json.loads(capsys.readouterr().out)[0]["name"] == "here"
 
 
+def test_channels_show_each_edge_and_who_waits(server, capsys):
+    """A table with the reasons of the transports below, or the rows as they came."""
+    edge = {
+        "channel": "requests",
+        "producer": "env-0",
+        "consumer": "rollout-0",
+        "transport": "ipc",
+        "why": "same node",
+        "depth": 3,
+        "size_bytes": 4096,
+        "in_flight": 2,
+        "items_per_s": 12.5,
+        "bytes_per_s": 2048.0,
+        "producer_waits": "credit",
+        "consumer_waits": "",
+    }
+    other = {**edge, "consumer": "rollout-1", "producer_waits": "", "consumer_waits": "items"}
+    bound = {**edge, "channel": "tickets", "producer_waits": "bound"}
+    server.daemon.edges = [edge, other, bound]
+    assert flowctl(["channels"]) == 0
+    head, first, second, third, _, why = capsys.readouterr().out.splitlines()
+    assert head.split() == [
+        *("channel", "producer", "consumer", "transport"),
+        *("depth", "in_flight", "items/s", "bytes/s", "waiting"),
+    ]
+    assert first.split()[:5] == ["requests", "env-0", "rollout-0", "ipc", "3"]
+    assert first.endswith("2     12.5  2.0 KiB  env-0 waits for credit")
+    assert second.endswith("rollout-1 waits for items")
+    assert third.endswith("env-0 may put no more")
+    assert why == "ipc: same node"
+    assert server.daemon.asked == [("channels", "toy")]
+    assert flowctl(["channels", "toy", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [edge, other, bound]
+
+
 def test_scale_waits_and_tells_the_seconds(server, capsys):
     """The only running job is meant when none is named."""
     assert flowctl(["scale", "rollout=+1", "--wait", "--from", "trainer"]) == 0
