@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from actors.algorithms.config import CHOICES as ALGORITHM_CHOICES
+from actors.algorithms.config import PAPERS, broken_rule
 from actors.job_config import JobConfig
 from flowd.errors import JobFileError
 from flowd.toml_text import value_text
@@ -24,8 +26,8 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("rollout", "dtype"): ("float32", "bfloat16"),
     ("trainer", "dtype"): ("float32", "bfloat16"),
     ("trainer", "weights"): ("full", "delta"),
-    ("algorithm", "name"): ("grpo",),
-    ("algorithm", "loss_aggregation"): ("token", "sequence"),
+    ("algorithm", "name"): tuple(PAPERS),
+    **{("algorithm", key): known for key, known in ALGORITHM_CHOICES.items()},
     ("model", "tokenizer"): ("characters",),
 }
 STAGES_WITH_PYTHON = ("env", "rollout", "trainer")
@@ -85,7 +87,9 @@ def check_rules(config: JobConfig, origin: Origin) -> None:
     _check_values(config, origin)
     for (section, key), known in CHOICES.items():
         value = getattr(getattr(config, section), key)
-        require(value in known, section, key, f"is not known; {_near(value, known)}")
+        # What is left out of [algorithm] is as the algorithm's paper has it.
+        if value is not None:
+            require(value in known, section, key, f"is not known; {_near(value, known)}")
     _check_task(config, require)
     _check_model(config, require)
     _check_sizes(config, require)
@@ -150,12 +154,15 @@ def _check_model(config: JobConfig, require: Any) -> None:
 def _check_sizes(config: JobConfig, require: Any) -> None:
     rollout = config.rollout
     require(
-        not (config.algorithm.name == "grpo" and rollout.group_size == 1),
+        not (PAPERS[config.algorithm.name].compares and rollout.group_size == 1),
         "rollout",
         "group_size",
-        "gives zero advantage everywhere, so nothing is learned: grpo compares the samples of one "
-        "prompt; use 2 or more",
+        f"gives zero advantage everywhere, so nothing is learned: {config.algorithm.name} compares the "
+        "samples of one prompt; use 2 or more",
     )
+    broken = broken_rule(config.algorithm)
+    if broken is not None:
+        require(False, "algorithm", *broken)
     require(
         rollout.group_size <= rollout.max_running,
         "rollout",

@@ -4,15 +4,14 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import cast
 
+from actors.algorithms.config import PAPERS
 from actors.algorithms.contract import Algorithm
-
-ALGORITHMS = {"grpo": "actors.algorithms.grpo"}
 
 
 def find(name: str) -> Algorithm:
-    """The algorithm's module. Raises ValueError for a name that is not in the table."""
-    if name not in ALGORITHMS:
-        near = get_close_matches(name, ALGORITHMS, n=1)
-        known = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(ALGORITHMS)}"
+    """The algorithm's module. Raises ValueError for a name that is not in `PAPERS`."""
+    if name not in PAPERS:
+        near = get_close_matches(name, PAPERS, n=1)
+        known = f'did you mean "{near[0]}"?' if near else f"known are {', '.join(PAPERS)}"
         raise ValueError(f'[algorithm] name = "{name}": {known}')
-    return cast(Algorithm, import_module(ALGORITHMS[name]))
+    return cast(Algorithm, import_module(f"actors.algorithms.{name}"))

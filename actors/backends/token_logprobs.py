@@ -20,9 +20,10 @@ class TokenLogprobs:
     more than the head between hidden states and logits (softcapping, scaling) take the whole forward instead.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, plain_head: bool | None = None) -> None:
+        """plain_head: as found for a model of the same kind; None finds out."""
         self._model = model
-        self._plain_head = _has_plain_head(model)
+        self.plain_head = _has_plain_head(model) if plain_head is None else plain_head
 
     def __call__(
         self, inputs: Tensor, rows: Tensor, columns: Tensor, sampling: Sampling, dtype: torch.dtype
@@ -34,7 +35,7 @@ class TokenLogprobs:
         """
         targets = inputs[rows, columns]
         before = columns - 1  # the logits at a place predict the token after it
-        if not self._plain_head:
+        if not self.plain_head:
             kept = before.unique()
             output = self._model(input_ids=inputs, use_cache=False, logits_to_keep=kept)
             logits = output.logits[rows, torch.searchsorted(kept, before)]

@@ -10,9 +10,8 @@ import pytest
 import torch
 from actor_stage import JOB, Peer, Stage, job_config
 
-from actors.algorithms import registry
 from actors.backends.contract import Generation, GenerationRequest
-from actors.backends.training_batches import group_sequences
+from actors.backends.training_batches import lay_out
 from actors.episodes import Group
 from actors.models.config import ModelConfig
 from channels.endpoint import InlineHub
@@ -168,11 +167,9 @@ def test_only_the_policys_own_tokens_carry_loss(
 ) -> None:
     """The trained positions of a conversation are those of the sampled tokens of all turns, with their log-probs."""
     _, groups, _ = played
-    config = job_config().algorithm
     assert sorted(group.group for group in groups) == list(range(GROUPS))
     for group in groups:
-        # Equal rewards give no advantage; which tokens are trained does not depend on it.
-        laid_out = group_sequences(group, registry.find(config.name), config)
+        laid_out = lay_out([group])
         assert len(laid_out.sequences) == len(group.segments)
         for sequence, segment in zip(laid_out.sequences, group.segments, strict=True):
             tokens: list[int] = []

@@ -4,16 +4,18 @@ import math
 
 import pytest
 import torch
+from algorithm_cases import episodes, one_token_each, settings, token_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.algorithms import grpo, registry
+from actors.algorithms import aggregation as aggregation_of
+from actors.algorithms import disagreement, grpo, registry
 from actors.algorithms.config import AlgorithmConfig
 from actors.algorithms.contract import TokenBatch
 
-GRPO = AlgorithmConfig()
-DR_GRPO = AlgorithmConfig(normalize_std=False)
+GRPO = settings()
+DR_GRPO = settings("dr_grpo")
 REWARDS = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=16)
 
 
@@ -21,14 +23,19 @@ def batch(
     ratios: list[float], advantages: list[float], weights: list[float] | None = None
 ) -> TokenBatch:
     """Tokens whose policy ratios are given; in float64."""
-    logprobs = torch.tensor([math.log(r) - 1.0 for r in ratios], dtype=torch.float64)
-    return TokenBatch(
-        logprobs=logprobs.requires_grad_(),
-        behaviour_logprobs=torch.full((len(ratios),), -1.0, dtype=torch.float64),
-        advantages=torch.tensor(advantages, dtype=torch.float64),
-        weights=torch.tensor(weights or [1.0] * len(ratios), dtype=torch.float64),
-        entropy=torch.full((len(ratios),), 0.5, dtype=torch.float64, requires_grad=True),
+    count = len(ratios)
+    return token_batch(
+        [math.log(r) - 1.0 for r in ratios],
+        [-1.0] * count,
+        advantages,
+        weights=weights or [1.0] * count,
+        entropy=torch.full((count,), 0.5, dtype=torch.float64, requires_grad=True),
     )
+
+
+def advantages_of(rewards: list[float], config: AlgorithmConfig) -> Tensor:
+    """Of one group, whose samples have a token each."""
+    return grpo.advantages(one_token_each(rewards), config).advantages
 
 
 def gradient(tokens: TokenBatch, config: AlgorithmConfig) -> list[float]:
@@ -40,10 +47,10 @@ def gradient(tokens: TokenBatch, config: AlgorithmConfig) -> list[float]:
 
 def test_one_right_answer_of_four_has_the_advantage_worked_by_hand():
     """Mean 1/4, standard deviation sqrt(3)/4."""
-    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    rewards = [1.0, 0.0, 0.0, 0.0]
     expected = [3 / math.sqrt(3), *[-1 / math.sqrt(3)] * 3]
-    assert grpo.advantages(rewards, GRPO).tolist() == pytest.approx(expected)
-    assert grpo.advantages(rewards, DR_GRPO).tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert advantages_of(rewards, GRPO).tolist() == pytest.approx(expected)
+    assert advantages_of(rewards, DR_GRPO).tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
 @pytest.mark.parametrize("config", [GRPO, DR_GRPO])
@@ -52,17 +59,17 @@ def test_a_group_of_one_or_of_equal_rewards_teaches_nothing(
     config: AlgorithmConfig, rewards: list[float]
 ):
     """Rounding in the mean is not blown up into an advantage."""
-    advantages = grpo.advantages(torch.tensor(rewards), config)
+    advantages = advantages_of(rewards, config)
     assert advantages.abs().max() < (1e-2 if rewards[0] > 1 else 1e-7)
     if rewards[0] < 1:
-        assert not (config.normalize_std and advantages.any())
+        assert not (config.normalization == "group" and advantages.any())
 
 
 @given(REWARDS)
 def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(rewards: list[float]):
     """Whatever the rewards."""
     values = torch.tensor(rewards, dtype=torch.float64)
-    advantages = grpo.advantages(values, GRPO)
+    advantages = advantages_of(rewards, GRPO)
     assert abs(float(advantages.sum())) < 1e-6
     assert float(advantages.square().mean()) <= 1 + 1e-6
     for i, j in zip(values.argsort()[:-1], values.argsort()[1:], strict=True):
@@ -77,12 +84,13 @@ def test_the_gradient_is_cut_only_where_it_leads_further_away():
     total, sums = grpo.loss(tokens, GRPO)
     assert total.item() == pytest.approx(-(1.2 - 1.3 + 0.7 - 0.8 + 2.2))
     assert float(sums["clip_fraction"]) == 2
-    assert float(sums["ratio_mean"]) == pytest.approx(sum(ratios))
+    apart, _ = disagreement.measure(tokens.logprobs, tokens.behaviour_logprobs)
+    assert float(apart["ratio_mean"]) == pytest.approx(sum(ratios))
 
 
 def test_clip_higher_leaves_more_room_above():
     """DAPO, section 3.1."""
-    wide = AlgorithmConfig(clip_high=0.4)
+    wide = settings(clip_high=0.4)
     assert gradient(batch([1.3], [1.0]), wide) == pytest.approx([-1.3])
     assert gradient(batch([0.7], [-1.0]), wide) == [0.0]
 
@@ -92,7 +100,8 @@ def test_on_policy_the_gradient_is_that_of_reinforce():
     tokens = batch([1.0, 1.0], [0.5, -2.0], [1.0, 0.25])
     assert gradient(tokens, GRPO) == pytest.approx([-0.5, 0.5])
     _, sums = grpo.loss(tokens, GRPO)
-    assert float(sums["kl_sampler"]) == 0
+    apart, _ = disagreement.measure(tokens.logprobs, tokens.behaviour_logprobs)
+    assert float(apart["kl_sampler"]) == 0
     assert float(sums["clip_fraction"]) == 0
 
 
@@ -100,9 +109,7 @@ def test_k3_estimates_the_kl_between_sampler_and_trainer():
     """Its mean over the sampler's distribution is exactly KL(sampler ‖ trainer)."""
     sampler = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     trainer = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
-    _, sums = grpo.loss(
-        batch((trainer / sampler).tolist(), [0.0] * 3), GRPO
-    )  # sums do not weigh tokens
+    sums, _ = disagreement.measure(trainer.log(), sampler.log())
     ratio = trainer / sampler
     assert float(sums["kl_sampler"]) == pytest.approx(float((ratio - 1 - ratio.log()).sum()))
     k3_mean = float((sampler * (ratio - 1 - ratio.log())).sum())
@@ -112,36 +119,34 @@ def test_k3_estimates_the_kl_between_sampler_and_trainer():
 
 def test_a_token_left_far_behind_keeps_the_sums_finite():
     """A ratio of e^1000 is no number in float32."""
-    tokens = TokenBatch(
-        logprobs=torch.tensor([-0.1]),
-        behaviour_logprobs=torch.tensor([-1000.0]),
-        advantages=torch.tensor([-1.0]),
-        weights=torch.tensor([1.0]),
-        entropy=torch.tensor([0.0]),
-    )
+    tokens = token_batch([-0.1], [-1000.0], [-1.0])
     total, sums = grpo.loss(tokens, GRPO)
-    assert math.isfinite(float(total))
+    assert math.isfinite(total.item())
     assert all(math.isfinite(float(value)) for value in sums.values())
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "expected"), [("token", [3.0, 2.0]), ("sequence", [2.0, 1.0])]
+    ("aggregation", "expected"),
+    [("token", [6.0, 2.0]), ("sequence", [2.0, 1.0]), ("chunk", [3.0, 1.0]), ("sum", [2.0, 1.0])],
 )
 def test_weights_of_all_tokens_sum_to_the_denominator(aggregation: str, expected: list[float]):
-    """A mean over tokens, or over sequences of the mean over theirs; an empty sequence counts nowhere."""
-    config = AlgorithmConfig(loss_aggregation=aggregation)
-    for lengths, denominator in zip(
-        [torch.tensor([1, 0, 2]), torch.tensor([2])], expected, strict=True
-    ):
-        weights: Tensor = grpo.weights(lengths, config)
-        assert grpo.denominator(lengths, config) == denominator
-        assert float((weights * lengths).sum()) == pytest.approx(denominator)
+    """A mean over tokens, or over sequences or turns of the mean over theirs; an empty sequence counts nowhere. A sum
+    over tokens is divided by the number of sequences and the constant."""
+    config = settings(loss_aggregation=aggregation, sum_length=4)
+    cases = episodes([[[1, 0.0]], [[0, 0.0]], [[2, 0.0], [3, 1.0]]], [[[2, 0.0]]])
+    weights = aggregation_of.weights(cases, config)
+    assert aggregation_of.denominators(cases, config).tolist() == expected
+    total = 8 / 4 if aggregation == "sum" else sum(expected)
+    assert float(weights.sum()) == pytest.approx(total)
+    by_sample = {"sequence": [1.0, 1 / 5], "chunk": [1.0, 1 / 2]}.get(aggregation)
+    if by_sample:
+        assert weights[:2].tolist() == by_sample
 
 
 def test_the_entropy_bonus_pulls_entropy_up():
     """Its gradient is minus the coefficient times the weight; without coefficient there is none."""
     tokens = batch([1.0, 1.0], [0.0, 0.0], [1.0, 0.5])
-    total, sums = grpo.loss(tokens, AlgorithmConfig(entropy_coefficient=0.1))
+    total, sums = grpo.loss(tokens, settings(entropy_coefficient=0.1))
     total.backward()
     assert tokens.entropy.grad is not None
     assert tokens.entropy.grad.tolist() == pytest.approx([-0.1, -0.05])
@@ -160,7 +165,7 @@ def test_metrics_have_the_declared_names():
 def test_an_unknown_algorithm_is_told_the_near_name():
     """Value seen, rule, way out."""
     assert registry.find("grpo").METRICS == grpo.METRICS
-    with pytest.raises(ValueError, match=r'name = "gpro": did you mean "grpo"'):
-        registry.find("gpro")
+    with pytest.raises(ValueError, match=r'name = "grpoo": did you mean "grpo"'):
+        registry.find("grpoo")
     with pytest.raises(ValueError, match="known are grpo"):
         registry.find("zzz")
