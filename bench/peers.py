@@ -48,11 +48,15 @@ class Peer:
         if (line := self.line()) != word:
             raise RuntimeError(f'{self.process.args!r} said "{line}", not "{word}"')
 
-    def ask(self, *words: object) -> Any:
-        """Have it do something, and wait for the answer."""
+    def tell(self, *words: object) -> None:
+        """Have it do something."""
         assert self.process.stdin is not None
         self.process.stdin.write(" ".join(map(str, words)) + "\n")
         self.process.stdin.flush()
+
+    def ask(self, *words: object) -> Any:
+        """Have it do something, and wait for the answer."""
+        self.tell(*words)
         return json.loads(self.line())
 
     def kill(self) -> None:
