@@ -447,6 +447,8 @@ class Histories(RuleBasedStateMachine):
         self.incarnation = 0
         self.next_item = 0
         self.accidents = 0
+        self.seen: set[tuple[int, int]] = set()  # (item, attempt) that were taken
+        self.handed_back = Counter[int]()
         self.open: dict[str, dict[int, Any]] = {}  # producer → item → pending, not ended
         self.acknowledged = Counter[int]()
         self.cancelled: set[int] = set()
@@ -503,6 +505,7 @@ class Histories(RuleBasedStateMachine):
             if held:
                 delivery = held.pop(random.randrange(len(held)))
                 if random.random() < 0.2:
+                    self.handed_back[delivery.payload] += 1
                     self.network.consumers[consumer].hand_back(delivery)
                 else:
                     self.acknowledge(consumer, delivery)
@@ -584,6 +587,11 @@ class Histories(RuleBasedStateMachine):
         if delivery is None:
             return
         self.taken[consumer].append(delivery)
+        item = delivery.payload
+        assert (item, delivery.attempt) not in self.seen, "one delivery was taken twice"
+        self.seen.add((item, delivery.attempt))
+        # Without an accident nothing comes twice but what was handed back.
+        assert delivery.attempt <= 1 + self.handed_back[item] or self.accidents
         key = (delivery.link, consumer, delivery.priority)
         if delivery.attempt == 1:
             assert delivery.sequence > self.order.get(key, 0), "out of order"
@@ -591,6 +599,7 @@ class Histories(RuleBasedStateMachine):
 
     def acknowledge(self, consumer: str, delivery: Delivery) -> None:
         self.acknowledged[delivery.payload] += 1
+        assert self.acknowledged[delivery.payload] == 1 or self.accidents, "worked off twice"
         self.network.consumers[consumer].acknowledge(delivery, delivery.payload)
 
     def check(self) -> None:
