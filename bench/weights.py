@@ -3,13 +3,15 @@
     python -m bench.weights --json
     python -m bench.weights --device cuda --json
 
-A state dict with the names and shapes of a 0.5B Qwen2 in bfloat16. Every round, of `full`, `bare` and `delta` in turn,
-lasts from the call of `publish` until both receivers have the version in tensors of their own; gigabytes are those of
-the model, also for `delta`, where `--changed` of the elements differ. `bare`: the publisher copies each tensor into a
-shared mapping that all three touched before, the receivers copy it out; no file, no lock, no version.
+A state dict with the names and shapes of a 0.5B Qwen2 in bfloat16. A round lasts from the call of `publish` until both
+receivers have the version in tensors of their own. Rounds of `full` and `bare` alternate; those of `delta`, where
+`--changed` of the elements differ between two versions, follow. Gigabytes are those of the model, also for `delta`.
+`bare`: the publisher copies each tensor into a shared mapping that all three touched before, the receivers copy it out;
+no file, no lock, no version.
 
-At the end the receivers' tensors are compared with the publisher's by checksum. `--device cuda` is about weights that
-never leave the GPUs: see bench/weights_device.py.
+Exit code 0 when weights_gb_per_s is at least 0.85 of bare_weights_gb_per_s, 1 otherwise. In between and at the end the
+receivers' tensors are compared with the publisher's by checksum. `--device cuda` is about weights that never leave the
+GPUs: see bench/weights_device.py.
 """
 
 import argparse
@@ -18,11 +20,10 @@ import mmap
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from bench.local import MachineLoad, surroundings
+from bench.peers import Peer, ready
 from bench.qwen2 import SIZES, change, copy, make_state, randomize
 from channels.weights import WeightsDirectory
 from channels.weights.delta import WeightsDelta, checksum
@@ -37,6 +39,8 @@ from channels.weights.layout import lay_out, views
 
 RECEIVERS = 2
 KINDS = ("full", "bare", "delta")
+WARM_UP = 3  # first pages of all files
+AT_LEAST = 0.85  # of the bare copies
 
 
 def map_bare(path: Path, size_bytes: int) -> mmap.mmap:
@@ -45,64 +49,35 @@ def map_bare(path: Path, size_bytes: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
 
-class Receiver:
-    """One that gets the weights: a process of its own."""
-
-    def __init__(self, directory: Path, size: str) -> None:
-        command = [sys.executable, "-m", "bench.weights", "--receive", str(directory)]
-        self.process = subprocess.Popen(
-            [*command, "--size", size], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def tell(self, *words: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(words) + "\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("a receiver ended; its error is above")
-        return json.loads(line)
-
-    def __enter__(self) -> "Receiver":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()  # the end of its input ends it
-
-
 def receive(directory: Path, size: str) -> None:
-    """A receiver's process: does what the lines of stdin say, answers each."""
-    torch.set_num_threads(1)
+    """A receiver's process: copies what the lines of stdin say, answers each."""
     state = make_state(size)
     layout = lay_out(state, {})
     bare = views(map_bare(directory / "bare", layout.size_bytes), layout.places)
     weights = {kind: WeightsDirectory(directory / kind) for kind in ("full", "delta")}
     held = dict.fromkeys(weights, (-1, -1))
-    print(json.dumps("ready"), flush=True)
+    ready()
     for line in sys.stdin:
-        kind, version = json.loads(line)
+        kind, version = line.split()
         if kind == "checksum":
             print(json.dumps(checksum(state)), flush=True)
             continue
         if kind == "bare":
             copy(state, bare)
         else:
-            with weights[kind].borrow(0, version, held[kind]) as found:
+            with weights[kind].borrow(0, int(version), held[kind]) as found:
                 if isinstance(found, WeightsDelta):
                     found.apply(state)
                 else:
                     copy(state, found)
-            held[kind] = (0, version)
-        print(json.dumps("done"), flush=True)
+            held[kind] = (0, int(version))
+        print(json.dumps(version), flush=True)
 
 
 class Publisher:
     """The other process: times rounds of each kind."""
 
-    def __init__(self, directory: Path, size: str, receivers: list[Receiver]) -> None:
+    def __init__(self, directory: Path, size: str, receivers: list[Peer]) -> None:
         self.receivers = receivers
         self.state = make_state(size)
         randomize(self.state, 0)
@@ -113,106 +88,114 @@ class Publisher:
             "delta": WeightsDirectory(directory / "delta", variant="delta"),
         }
         self.version = 0
-        self.variant_bytes: dict[str, int] = {}
+        self.delta_bytes = 0
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         self.seconds_publish: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
-    def round(self, kind: str) -> float:
-        """Seconds until both receivers have what `state` is now."""
+    def round(self, kind: str) -> None:
+        """Until both receivers have what `state` is now."""
         self.version += 1
         began = time.perf_counter()
         if kind == "bare":
             copy(self.bare, self.state)
         else:
             published = self.weights[kind].publish(0, self.version, self.state.items())
-            self.variant_bytes[kind] = published.variant_bytes
+            self.delta_bytes = published.variant_bytes
         self.seconds_publish[kind].append(time.perf_counter() - began)
+        self._ask_all(kind)
+        self.seconds[kind].append(time.perf_counter() - began)
+
+    def _ask_all(self, what: str) -> list[Any]:
+        """The receivers work at the same time."""
         for receiver in self.receivers:
-            receiver.tell(kind, self.version)
-        for receiver in self.receivers:
-            receiver.answer()
-        return time.perf_counter() - began
+            receiver.tell(what, self.version)
+        return [json.loads(receiver.line()) for receiver in self.receivers]
 
     def check(self) -> None:
         """Raises RuntimeError unless all hold the same bits."""
-        wanted = checksum(self.state)
-        for receiver in self.receivers:
-            receiver.tell("checksum", 0)
-        if {receiver.answer() for receiver in self.receivers} != {wanted}:
+        if set(self._ask_all("checksum")) != {checksum(self.state)}:
             raise RuntimeError("a receiver holds other bits than the publisher")
 
 
-def measure(size: str, rounds: int, changed: float) -> Iterator[tuple[str, Any]]:
+def measure(size: str, rounds: int, changed: float) -> dict[str, Any]:
     """All figures, medians over rounds."""
     size_bytes = lay_out(make_state(size), {}).size_bytes
-    shm = Path("/dev/shm")
-    directory = Path(tempfile.mkdtemp(prefix="flowd-bench-weights-", dir=shm))
+    directory = Path(tempfile.mkdtemp(prefix="flowd-bench-weights-", dir="/dev/shm"))
     try:
         with (directory / "bare").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
         with ExitStack() as stack:
-            receivers = [stack.enter_context(Receiver(directory, size)) for _ in range(RECEIVERS)]
+            receivers = [
+                stack.enter_context(Peer("bench.weights", "receive", str(directory), size))
+                for _ in range(RECEIVERS)
+            ]
             publisher = Publisher(directory, size, receivers)
-            for receiver in receivers:
-                receiver.answer()
-            seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-            # A delta goes on top of what its receivers got from its own directory: its rounds come last.
+            # A delta goes on top of what its receivers had before: nothing may come in between.
             for kinds in (("full", "bare"), ("delta",)):
-                for number in range(-3, rounds):  # 3 to warm up: first pages of all files
-                    for kind in kinds:
+                for number in range(WARM_UP + rounds):
+                    for kind in kinds if number % 2 else kinds[::-1]:
                         change(publisher.state, changed, publisher.version)
-                        taken = publisher.round(kind)
-                        if number >= 0:
-                            seconds[kind].append(taken)
-                        if number in (0, rounds - 1):
+                        publisher.round(kind)
+                        if number in (WARM_UP, WARM_UP + rounds - 1):
                             publisher.check()
-            median = {kind: statistics.median(seconds[kind]) for kind in KINDS}
-            full, bare = size_bytes / median["full"] / 1e9, size_bytes / median["bare"] / 1e9
-            yield "size_bytes", size_bytes
-            yield "weights_gb_per_s", round(full, 3)
-            yield "bare_weights_gb_per_s", round(bare, 3)
-            yield "ratio", round(full / bare, 3)
-            yield "delta_weights_gb_per_s", round(size_bytes / median["delta"] / 1e9, 3)
-            yield "delta_bytes", publisher.variant_bytes["delta"]
-            for kind in KINDS:
-                publishing = statistics.median(publisher.seconds_publish[kind][3:])
-                yield f"{kind}_seconds", [round(value, 4) for value in sorted(seconds[kind])]
-                yield f"{kind}_publish_seconds_p50", round(publishing, 4)
     finally:
         shutil.rmtree(directory)
+    figures: dict[str, Any] = {"size_bytes": size_bytes, "delta_bytes": publisher.delta_bytes}
+    for kind in KINDS:
+        seconds = sorted(publisher.seconds[kind][WARM_UP:])
+        publishing = statistics.median(publisher.seconds_publish[kind][WARM_UP:])
+        prefix = "" if kind == "full" else f"{kind}_"
+        figures |= {
+            f"{prefix}weights_gb_per_s": round(size_bytes / statistics.median(seconds) / 1e9, 3),
+            f"{prefix}seconds": [round(value, 4) for value in seconds],
+            f"{prefix}seconds_publish": round(publishing, 4),
+        }
+    return figures
+
+
+def judged(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The ratio, and whether it reaches the bar."""
+    ratio = figures["weights_gb_per_s"] / figures["bare_weights_gb_per_s"]
+    return {**figures, "weights_over_bare": round(ratio, 3), "bar_reached": ratio >= AT_LEAST}
+
+
+ROLES: dict[str, Callable[[Path, str], None]] = {"receive": receive}
 
 
 def main() -> int:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--size", choices=list(SIZES))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--size", choices=list(SIZES), help="0.5b, on GPUs 1.5b")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--changed", type=float, default=0.01, help="fraction, between versions")
-    parser.add_argument("--receive", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.role:
+        directory, size = args.arguments
+        ROLES[args.role](Path(directory), size)
+        return 0
     if args.device == "cuda":
         from bench.weights_device import report
 
-        print(json.dumps(report(args.size or "1.5b", args.rounds), indent=None if args.json else 2))
-        return 0
-    size = args.size or "0.5b"
-    if args.receive is not None:
-        receive(args.receive, size)
-        return 0
-    torch.set_num_threads(1)
-    load = MachineLoad()
-    results: dict[str, Any] = {
-        **surroundings(),
-        "model": f"Qwen2 {size}, bfloat16",
-        "receivers": RECEIVERS,
-        "rounds": args.rounds,
-        "changed_fraction": args.changed,
-        **dict(measure(size, args.rounds, args.changed)),
-        "load": load.report(),
-    }
+        results = report(args.size or "1.5b", args.rounds)
+    else:
+        size = args.size or "0.5b"
+        load = MachineLoad()
+        results = {
+            **surroundings(),
+            "model": f"Qwen2 {size}, bfloat16",
+            "receivers": RECEIVERS,
+            "rounds": args.rounds,
+            "changed_fraction": args.changed,
+            **judged(measure(size, args.rounds, args.changed)),
+            "load": load.report(),
+        }
     print(json.dumps(results, indent=None if args.json else 2))
-    return 0
+    return 0 if results["bar_reached"] else 1
 
 
 if __name__ == "__main__":
