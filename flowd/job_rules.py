@@ -62,8 +62,8 @@ def resolve_paths(config: JobConfig) -> JobConfig:
     sections: dict[str, Any] = {}
     if config.model.path is not None:
         sections["model"] = msgspec.structs.replace(config.model, path=_absolute(config.model.path))
-    if isinstance(path := config.env.args.get("path"), str):
-        args = {**config.env.args, "path": _absolute(path)}
+    if any(_paths(config.env.args)):
+        args = _with_absolute_paths(config.env.args)
         sections["env"] = msgspec.structs.replace(config.env, args=args)
     for stage in STAGES_WITH_PYTHON:
         section = sections.get(stage, getattr(config, stage))
@@ -112,14 +112,14 @@ def _check_task(config: JobConfig, require: Any) -> None:
         "task",
         f"is not a task; {_near(task, TASKS)}; or write an import path, module:Class",
     )
-    path = config.env.args.get("path")
-    require(
-        not isinstance(path, str) or os.path.exists(path),
-        "env",
-        "args",
-        f"names a file that does not exist: {path}; "
-        "relative paths are taken from the working directory",
-    )
+    for path in _paths(config.env.args):
+        require(
+            os.path.exists(path),
+            "env",
+            "args",
+            f"names a file that does not exist: {path}; "
+            "relative paths are taken from the working directory",
+        )
     if TASKS.get(task, "").startswith(TEXT_TASKS):
         try:
             check_arguments(task, config.env.args)
@@ -215,6 +215,30 @@ def _leaves(value: Any) -> Iterable[Any]:
             yield from _leaves(item)
     else:
         yield value
+
+
+def _paths(args: Any) -> Iterable[str]:
+    """Every `path` of a task's arguments, in tables and lists of them too."""
+    if isinstance(args, dict):
+        if isinstance(path := args.get("path"), str):
+            yield path
+        args = list(args.values())
+    if isinstance(args, list):
+        for value in args:
+            yield from _paths(value)
+
+
+def _with_absolute_paths(args: Any) -> Any:
+    if isinstance(args, list):
+        return [_with_absolute_paths(value) for value in args]
+    if isinstance(args, dict):
+        return {
+            key: _absolute(value)
+            if key == "path" and isinstance(value, str)
+            else _with_absolute_paths(value)
+            for key, value in args.items()
+        }
+    return args
 
 
 def _absolute(path: str) -> str:

@@ -12,11 +12,27 @@ synchronous and batched over slots, run in the env actor's worker thread, and ne
   `truncated`: it was cut (step limit); bootstrapping needs `observation`, the true last one. Never both.
 * There is no autoreset: a slot whose episode ended takes no `step` until it is reset.
 * What is returned is never changed later by the environment (no aliasing of buffers).
+
+Seeds are random numbers. An environment that goes through a finite set, and so has to know how many were drawn before,
+says `counted_seeds = True` (a class attribute) and gets counted ones: the group's index, and above it bits
+that are the same for the whole job and another job seed changes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+INDEX_BITS = 32  # of a counted seed
+
+
+def counted_seed(key: int, index: int) -> int:
+    """The counted seed of an index, under a key of any size."""
+    return (key % (1 << 63 - INDEX_BITS) << INDEX_BITS) | index % (1 << INDEX_BITS)
+
+
+def split_counted_seed(seed: int) -> tuple[int, int]:
+    """(key, index) of a counted seed."""
+    return divmod(seed, 1 << INDEX_BITS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ TASKS = {
     "arithmetic": "sim.text.arithmetic:Arithmetic",
     "gsm8k": "sim.text.gsm8k:Gsm8k",
     "guess_number": "sim.text.guess_number:GuessNumber",
+    "text": "sim.text.prompts:Prompts",
 }
 
 
@@ -45,8 +46,13 @@ def make(task: str, *, num_slots: int, args: Mapping[str, Any]) -> Environment:
 
 
 def check_arguments(task: str, args: Mapping[str, Any]) -> None:
-    """Raise SimError for an argument that the task does not take, or needs and did not get. Loads the task's module."""
-    keywords = dict(inspect.signature(find(task)).parameters)
+    """Raise SimError for an argument that the task does not take, or needs and did not get. Loads the task's module.
+
+    A task may know more about its arguments without opening anything: a static `check_arguments(args)` of its class is
+    asked last, and its ValueError told.
+    """
+    found = find(task)
+    keywords = dict(inspect.signature(found).parameters)
     keywords.pop("num_slots", None)  # the env actor chooses it
     open_ended = any(p.kind is p.VAR_KEYWORD for p in keywords.values())
     for name in args:
@@ -61,3 +67,8 @@ def check_arguments(task: str, args: Mapping[str, Any]) -> None:
             raise SimError(
                 f'task "{task}" needs the argument "{name}", which has no default: give it'
             )
+    if hasattr(found, "check_arguments"):
+        try:
+            found.check_arguments(args)
+        except ValueError as error:
+            raise SimError(f'task "{task}": {error}') from error

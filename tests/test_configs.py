@@ -20,26 +20,32 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> dict[str, Path]:
-    """What a user brings: a model folder and a data file, by the key that names them."""
+def stand_ins(tmp_path: Path) -> dict[str, Path | str]:
+    """What a user brings: a model folder and data files, by the key that names them."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
     data = tmp_path / "rows.jsonl"
     data.write_text(ROW)
-    return {"model.path": model, "env.args.path": data}
+    fields = '{question = "question", answer = "answer", solution = "answer"}'
+    sources = f'[{{path = "{data}", fields = {fields}}}, {{path = "{data}", name = "b", fields = {fields}}}]'
+    return {"model.path": model, "env.args.path": data, "env.args.sources": sources}
 
 
-def load(path: Path, stand_ins: dict[str, Path]) -> JobConfig:
+def load(path: Path, stand_ins: dict[str, Path | str]) -> JobConfig:
     """The job as shipped; stand-ins for the paths that it names, and only for those."""
     text = path.read_text()
-    section = {"model.path": "[model]\npath =", "env.args.path": "[env.args]\npath ="}
+    section = {
+        "model.path": "[model]\npath =",
+        "env.args.path": "[env.args]\npath =",
+        "env.args.sources": "[[env.args.sources]]\npath =",
+    }
     named = [key for key in stand_ins if section[key] in text]
     return load_job(path, [f"{key}={stand_ins[key]}" for key in named])
 
 
 @every_file
-def test_shipped_file_loads(path: Path, stand_ins: dict[str, Path]) -> None:
+def test_shipped_file_loads(path: Path, stand_ins: dict[str, Path | str]) -> None:
     """Without a change but for the paths of a user's own model and data."""
     load(path, stand_ins)
 
@@ -58,7 +64,7 @@ def test_shipped_file_begins_with_a_comment(path: Path) -> None:
 
 
 @every_file
-def test_shipped_file_is_named_after_its_job(path: Path, stand_ins: dict[str, Path]) -> None:
+def test_shipped_file_is_named_after_its_job(path: Path, stand_ins: dict[str, Path | str]) -> None:
     """The run directory tells which file it came from: purpose, then algorithm."""
     config = load(path, stand_ins)
     assert path.stem == f"{config.job.name}_{config.algorithm.name}"
@@ -75,7 +81,7 @@ def test_readme_has_a_row_for_the_file(path: Path) -> None:
 
 
 @every_file
-def test_shipped_file_fits_its_task(path: Path, stand_ins: dict[str, Path]) -> None:
+def test_shipped_file_fits_its_task(path: Path, stand_ins: dict[str, Path | str]) -> None:
     """The task takes the arguments; its worked episodes fit in the turns that the job allows."""
     config = load(path, stand_ins)
     task: Any = make(config.env.task, num_slots=1, args=config.env.args)
@@ -91,12 +97,14 @@ def test_shipped_file_fits_its_task(path: Path, stand_ins: dict[str, Path]) -> N
 
 
 @every_file
-def test_shipped_file_can_be_placed_on_four_devices(path: Path, stand_ins: dict[str, Path]) -> None:
+def test_shipped_file_can_be_placed_on_four_devices(
+    path: Path, stand_ins: dict[str, Path | str]
+) -> None:
     """A machine without a GPU has at least four virtual ones."""
     assert plan(load(path, stand_ins), inventory("cpu:4")).stage("trainer")
 
 
-def test_gsm8k_takes_the_model_from_the_folder(stand_ins: dict[str, Path]) -> None:
+def test_gsm8k_takes_the_model_from_the_folder(stand_ins: dict[str, Path | str]) -> None:
     """None of the numbers of a made-up model are written, for they would not be read."""
     config = load(CONFIGS / "gsm8k_grpo.toml", stand_ins)
     assert config.model == ModelConfig(path=str(stand_ins["model.path"]))

@@ -20,7 +20,7 @@ from actors.episodes import Action, Group, Int32, SampleRequest, Segment, Turn, 
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.work import StageTimes
-from sim.contract import Environment
+from sim.contract import Environment, counted_seed
 from sim.registry import make
 
 
@@ -156,7 +156,7 @@ class EnvActor(Actor):
             self.free.extend(slots)
 
     async def _episodes(self, ticket: dict[str, Any], slots: Sequence[int]) -> Group:
-        observations = await self._step(self.env.reset, slots, [ticket["seed"]] * len(slots))
+        observations = await self._step(self.env.reset, slots, [self._seed(ticket)] * len(slots))
         episodes = [
             Episode(sample, slot, observation)
             for sample, (slot, observation) in enumerate(zip(slots, observations, strict=True))
@@ -174,6 +174,12 @@ class EnvActor(Actor):
             seed=ticket["seed"],
             segments=tuple(episode.segment() for episode in episodes if episode.turns),
         )
+
+    def _seed(self, ticket: dict[str, Any]) -> int:
+        if getattr(self.env, "counted_seeds", False):
+            return counted_seed(self.config.job.seed, ticket["group"])
+        seed: int = ticket["seed"]
+        return seed
 
     async def _turn(self, ticket: dict[str, Any], turn: int, episodes: list[Episode]) -> None:
         """One turn of every episode that goes on."""

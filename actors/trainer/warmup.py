@@ -25,7 +25,7 @@ from actors.backends.contract import Policy
 from actors.job_config import JobConfig
 from actors.randomness import fold
 from actors.trainer.config import WarmupConfig
-from sim.contract import ChatMessage, TextObservation
+from sim.contract import ChatMessage, TextObservation, counted_seed
 
 SEED_OF_EXAMPLE = 3  # purpose of the key that makes an example's seed: never a seed of training
 REPORT_EVERY_STEPS = 20
@@ -79,7 +79,11 @@ def warm_up(
         return
 
     def examples(first: int, count: int) -> list[Example]:
-        seeds = [fold(config.job.seed, SEED_OF_EXAMPLE, first + i) >> 1 for i in range(count)]
+        if getattr(task, "counted_seeds", False):
+            key = fold(config.job.seed, SEED_OF_EXAMPLE)
+            seeds = [counted_seed(key, first + i) for i in range(count)]
+        else:
+            seeds = [fold(config.job.seed, SEED_OF_EXAMPLE, first + i) >> 1 for i in range(count)]
         if several_turns:
             played = [turns_of(messages) for messages in task.conversations(seeds)]
         else:

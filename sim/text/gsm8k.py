@@ -1,6 +1,5 @@
 """GSM8K (Cobbe et al. 2021, arXiv 2110.14168): word problems whose answer is one number."""
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from sim.contract import ChatMessage, StepResult, TextObservation
 from sim.errors import BadTaskData, SimError
 from sim.text.grading import final_answer, is_correct, require_math_verify
+from sim.text.rows import parse
 
 PROMPT = (
     "{question}\n\n"
@@ -164,12 +164,7 @@ def load_problems(path: str | Path) -> list[Problem]:
 
 
 def _parse(line: bytes, where: str) -> Problem:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadTaskData(f"{where}: each line must be one JSON object in UTF-8: {error}") from None
-    if not isinstance(row, dict):
-        raise BadTaskData(f"{where}: each line must be a JSON object, and this is {line[:60]!r}")
+    row = parse(line, where)
     for key in ("question", "answer"):
         if not isinstance(row.get(key), str):
             raise BadTaskData(f'{where}: "{key}" must be a string; the row has {sorted(row)}')

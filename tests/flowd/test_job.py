@@ -210,6 +210,31 @@ def test_relative_paths_become_absolute_and_links_stay(tmp_path, monkeypatch):
     assert os.path.islink(config.env.python)
 
 
+def test_paths_within_tables_of_a_task_are_paths_too(tmp_path, monkeypatch):
+    """Also in lists of tables; other keys stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text("")
+    sources = 'env.args.sources=[{path = "data.jsonl", name = "data.jsonl"}]'
+    config = parse_job(MINIMAL, "t", [*OWN, sources])
+    (source,) = config.env.args["sources"]
+    assert source == {"path": str(tmp_path / "data.jsonl"), "name": "data.jsonl"}
+    assert parse_job(dump_job(config), "again").env.args == config.env.args
+    wrong = [*OWN, 'env.args.sources=[{path = "nothing.jsonl"}]']
+    assert f"does not exist: {tmp_path}/nothing.jsonl" in sentence(overrides=wrong)
+
+
+def test_text_task_is_checked_whole_at_submit(tmp_path):
+    """Tables of its arguments included."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("")
+    right = [
+        "env.task=text",
+        f'env.args={{sources = [{{path = "{data}"}}], rewards = [{{function = "exact"}}]}}',
+    ]
+    assert parse_job(MINIMAL, "t", right).env.task == "text"
+    assert "one of exact" in sentence(overrides=[*right, 'env.args.rewards=[{function = "exac"}]'])
+
+
 def test_a_python_that_is_not_executable_is_refused(tmp_path):
     """A file is not enough."""
     plain = tmp_path / "python"

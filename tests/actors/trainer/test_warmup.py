@@ -16,6 +16,7 @@ from actors.models.loading import build_model, save_pretrained_folder
 from actors.models.text_policy import TextPolicy
 from actors.trainer.config import WarmupConfig
 from actors.trainer.warmup import answer_logprobs, cache_key, warm_up
+from sim.contract import split_counted_seed
 from sim.text.arithmetic import Arithmetic
 
 JOB = JobConfig(
@@ -33,6 +34,7 @@ class Once:
 
     def __init__(self) -> None:
         self.seeds: list[int] = []
+        self.counted_seeds = False
         self._task = Arithmetic(num_slots=1, min_digits=1, max_digits=1)
 
     def examples(self, seeds: list[int]) -> list[tuple[Any, str]]:
@@ -63,6 +65,17 @@ def test_it_learns_the_examples(tmp_path: Path):
     assert reports[-1]["loss"] < 0.1 < reports[0]["loss"] + 0.1
     assert reports[-1]["expected_reward"] > 0.8
     assert not any(report["cached"] for report in reports)
+
+
+def test_task_that_counts_is_asked_for_one_example_after_the_other(tmp_path: Path):
+    """So that a file of prompts is gone through epoch by epoch here too."""
+    task = Once()
+    task.counted_seeds = True
+    run(tmp_path, warmed(steps=3), task)
+    keys, indices = zip(*map(split_counted_seed, task.seeds), strict=True)
+    assert len(set(keys)) == 1
+    assert list(indices) == list(range(len(indices)))
+    assert len(indices) >= 3 * JOB.warmup.batch_size
 
 
 def test_it_stops_at_the_expected_reward(tmp_path: Path):
