@@ -16,7 +16,7 @@ from channels.channel import Consumer, Item, Producer
 from channels.errors import Withdrawn
 from channels.lifecycle import Failed, FirstOutput
 from channels.work import StageTimes
-from sim.contract import ChatMessage, StepResult, TextObservation, split_counted_seed, split_counted_seed
+from sim.contract import ChatMessage, StepResult, TextObservation, split_counted_seed
 
 Run = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
@@ -270,23 +270,6 @@ def test_groups_that_come_together_are_one_call(run: Run, tmp_path: Path) -> Non
             assert [result.truncated for result in await stepped] == [True]
             assert await again == [say("seed 6")]
             assert env.log[1:] == [("step", (3,), ("cut",)), ("reset", (0,), (6,))]
-
-    run(main)
-
-
-def test_environment_that_counts_is_reset_with_the_groups_index(run: Run, tmp_path: Path) -> None:
-    """Above the index the job's own bits; whatever the random seed of the ticket is."""
-
-    async def main() -> None:
-        async with Play(tmp_path, env_config()) as play:
-            play.env.counted_seeds = True  # type: ignore[attr-defined]
-            call = asyncio.create_task(play.tickets.call(ticket(4)))
-            await play.answer("end", "end")
-            (await play.groups.get()).ack()
-            await call
-            ((_, _, seeds), *_) = play.env.log
-            job_seed = play.stage.actor.config.job.seed
-            assert {split_counted_seed(seed) for seed in seeds} == {(job_seed, 4)}
 
     run(main)
 
