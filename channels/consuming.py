@@ -290,12 +290,11 @@ class ConsumerProtocol:
         )
         results = [result for _, result in source.acks]
         replaced = [payload for _, payload in source.handed_back]
-        payload = None
-        if any(r is not None for r in results) or any(r is not None for r in replaced):
-            payload = [
-                results if any(r is not None for r in results) else None,
-                replaced if any(r is not None for r in replaced) else None,
-            ]
+        payload: list[Any] | None = None
+        if any(result is not None for result in results):
+            payload = results
+        if replaced and (payload or any(each is not None for each in replaced)):
+            payload = [payload, replaced]
         source.grant = 0
         source.told_accepting = accepting
         source.acks, source.handed_back, source.refused = [], [], []

@@ -33,6 +33,7 @@ import numpy as np
 from channels.errors import BadFrame
 
 FRAME_BYTES = 16 * 1024  # below it, a copy is cheaper than one more frame on a socket
+KEPT_HEADER_BYTES = 1 << 20  # an encoder that has grown beyond is not used again
 MAX_NESTING = 4  # of encoded trees in encoded trees
 MAX_ROWS = 1 << 20  # of one table of columns
 
@@ -62,6 +63,7 @@ _PADDING = tuple(bytes((-n) % 16) for n in range(16))  # by length modulo 16
 # dtype code, dimensions, frame (0 is the pack), offset, shape
 _PLACES = tuple(struct.Struct(f"<BBIQ{ndim}Q") for ndim in range(65))
 _PLACE_1D = _PLACES[1]
+_LIST_OF_LONG = struct.Struct(">BBIB")  # MessagePack: a list of one, an extension of any length
 _NESTED = struct.Struct("<QQII")  # offset and length in the pack, first frame and number of frames
 
 
@@ -80,9 +82,9 @@ class SharedFrame(Protocol):
 DeviceFrameOf = Callable[[Any], SharedFrame | None]  # of a torch tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that would make each three times as expensive
 class Encoded:
-    """An encoded tree. It may itself stand in a tree, and is then decoded in its place."""
+    """An encoded tree. It may itself stand in a tree, and is then decoded in its place. Never changed."""
 
     header: bytes
     pack: bytes
@@ -91,7 +93,8 @@ class Encoded:
     @property
     def size_bytes(self) -> int:
         """Bytes of header, pack and frames."""
-        return len(self.header) + len(self.pack) + sum(frame.nbytes for frame in self.frames)
+        size = len(self.header) + len(self.pack)
+        return size + sum([f.nbytes for f in self.frames]) if self.frames else size
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -193,15 +196,33 @@ def encode(tree: Any, device_frame: DeviceFrameOf | None = None) -> Encoded:
     device_frame: gives the frame of a tensor that is to stay on its device, None for others; these
     are copied to the host.
     """
-    encoder = _Encoder(device_frame)
-    packer = msgpack.Packer(
-        default=encoder.default, strict_types=True, unicode_errors="surrogatepass", buf_size=4096
-    )
+    if type(tree) is list and len(tree) == 1 and type(tree[0]) is Encoded:
+        return _list_of(tree[0])
     try:
-        header: bytes = packer.pack(tree)
+        encoder = _idle.pop()  # in one step: several threads encode
+    except IndexError:
+        encoder = _Encoder()
+    try:
+        header: bytes = encoder.begin(device_frame).pack(tree)
+        encoded = Encoded(header, b"".join(encoder.pack), encoder.frames)
     except (ValueError, RecursionError) as error:
         raise TypeError(f"the payload cannot be encoded: {error}") from error
-    return Encoded(header, b"".join(encoder.pack), encoder.frames)
+    finally:
+        encoder.begin(None)  # it keeps nothing alive
+    if len(header) <= KEPT_HEADER_BYTES:
+        _idle.append(encoder)
+    return encoded
+
+
+def _list_of(encoded: Encoded) -> Encoded:
+    """What encoding a list of this one gives: what a channel sends as a rule, without an encoder."""
+    place = _NESTED.pack(0, len(encoded.pack), 0, len(encoded.frames))
+    size = len(place) + len(encoded.header)
+    if size < 256:
+        head = bytes((0x91, 0xC7, size, _ENCODED))
+    else:
+        head = _LIST_OF_LONG.pack(0x91, 0xC9, size, _ENCODED)
+    return Encoded(head + place + encoded.header, encoded.pack, encoded.frames)
 
 
 def decode(header: Buffer, buffers: Sequence[Buffer] = (), nesting: int = 0) -> Any:
@@ -226,13 +247,20 @@ def decode(header: Buffer, buffers: Sequence[Buffer] = (), nesting: int = 0) -> 
 class _Encoder:
     """Turns what MessagePack does not know into what it knows, and collects the bytes of arrays."""
 
-    __slots__ = ("device_frame", "frames", "pack", "pack_size")
+    __slots__ = ("device_frame", "frames", "pack", "pack_size", "packer")
 
-    def __init__(self, device_frame: DeviceFrameOf | None) -> None:
+    def __init__(self) -> None:
+        self.packer = msgpack.Packer(
+            default=self.default, strict_types=True, unicode_errors="surrogatepass", buf_size=4096
+        )
+
+    def begin(self, device_frame: DeviceFrameOf | None) -> Any:
+        """Start with nothing collected. Returns the packer."""
         self.device_frame = device_frame
         self.pack: list[bytes] = []
         self.pack_size = 0
         self.frames: list[memoryview | SharedFrame] = []
+        return self.packer
 
     def default(self, value: Any) -> Any:
         cls = type(value)
@@ -351,6 +379,9 @@ class _Encoder:
     def _frame(self, data: memoryview) -> int:
         self.frames.append(data)
         return len(self.frames)  # 0 is the pack
+
+
+_idle: list[_Encoder] = []  # making one costs more than encoding a small tree
 
 
 class _Decoder:

@@ -210,7 +210,9 @@ class ProducerProtocol:
         return sum(len(link.in_flight) for link in self.links.values())
 
     def _settle(self, peer: str, link: _Link, message: ChannelSettle, payload: Any) -> None:
-        results, replacements = payload if payload is not None else (None, None)
+        results, replacements = payload, None
+        if payload is not None and message.handed_back:
+            results, replacements = payload
         for values, sequences in ((results, message.acks), (replacements, message.handed_back)):
             if values is not None and len(values) != len(sequences):
                 raise BadFrame(f"{len(values)} payloads beside {len(sequences)} items from {peer}")

@@ -103,8 +103,9 @@ class ChannelProducerLeft(ProducerMessage, frozen=True, tag="channel_producer_le
 class ChannelSettle(ConsumerMessage, frozen=True, tag="channel_settle"):
     """Consumer: items done, items returned, items that could not be read, and new credit.
 
-    The payload is [results or None, replacements or None], aligned with `acks` and `handed_back`;
-    a replacement is None or a list of one payload.
+    The payload is the list of results, aligned with `acks`; where items are handed back, it is a list
+    of that and the list of replacements, aligned with `handed_back`. A replacement is None or a list
+    of one payload. A list of nothing but None is None, and so is the payload.
     """
 
     link: int

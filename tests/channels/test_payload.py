@@ -385,3 +385,24 @@ def test_torch_is_imported_only_for_tensors_and_its_absence_is_explained() -> No
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert "this interpreter has no torch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "tree", [None, "x" * 1000, {"a": np.arange(5)}, [np.zeros(20_000), np.ones(3), "text"]]
+)
+def test_list_of_one_encoded_tree_is_encoded_like_a_longer_one(tree: Any) -> None:
+    """The short cut for what a channel sends as a rule: its first element is what it is among two."""
+    encoded = payload.encode(tree)
+    one, two = payload.encode([encoded]), payload.encode([encoded, encoded])
+    (alone,) = payload.decode(one.header, one.buffers)
+    among, _ = payload.decode(two.header, two.buffers)
+    assert repr(alone) == repr(among) == repr(tree)
+
+
+def test_failed_encoding_leaves_nothing_behind() -> None:
+    """Encoders are used again: after a failure nothing of its tree, and no half of it, is in the next."""
+    kept = payload.encode([1, np.arange(3)])
+    with pytest.raises(TypeError, match="cannot hold"):
+        payload.encode(["left", np.arange(9), object()])
+    again = payload.encode([1, np.arange(3)])
+    assert (again.header, again.pack) == (kept.header, kept.pack)
