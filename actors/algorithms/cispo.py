@@ -12,7 +12,7 @@ from actors.algorithms.contract import TokenBatch
 from actors.algorithms.grpo import advantages
 from actors.algorithms.objective import METRICS, assemble
 from actors.algorithms.ratios import policy_ratio, proximal_logprobs
-from actors.algorithms.rloo import LOGPROB_FLOOR
+from actors.algorithms.rloo import LOGPROB_BOUND
 
 __all__ = ["METRICS", "advantages", "loss"]
 
@@ -23,7 +23,7 @@ def loss(batch: TokenBatch, config: AlgorithmConfig) -> tuple[Tensor, dict[str, 
     low = 0.0 if config.clip_low is None else 1.0 - config.clip_low
     ratio = policy_ratio(batch, config).detach()
     bounded = ratio.clamp(low, 1.0 + config.clip_high)
-    surrogate = bounded * batch.advantages * batch.logprobs.clamp(min=LOGPROB_FLOOR)
+    surrogate = bounded * batch.advantages * batch.logprobs.clamp(-LOGPROB_BOUND, LOGPROB_BOUND)
     with torch.no_grad():
         trained = proximal_logprobs(batch, config)
     return assemble(batch, config, surrogate, ratio != bounded, trained)

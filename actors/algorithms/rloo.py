@@ -14,7 +14,7 @@ from actors.algorithms.estimates import leave_one_out, of_tokens
 from actors.algorithms.objective import METRICS, assemble
 
 __all__ = ["METRICS", "advantages", "loss"]
-LOGPROB_FLOOR = -1e4  # a token of probability zero: finite, without gradient
+LOGPROB_BOUND = 1e4  # a token of probability zero: finite, without gradient
 
 
 def advantages(episodes: Episodes, config: AlgorithmConfig) -> Targets:
@@ -24,6 +24,6 @@ def advantages(episodes: Episodes, config: AlgorithmConfig) -> Targets:
 
 def loss(batch: TokenBatch, config: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE: minus the advantage times the log-prob."""
-    surrogate = batch.advantages * batch.logprobs.clamp(min=LOGPROB_FLOOR)
+    surrogate = batch.advantages * batch.logprobs.clamp(-LOGPROB_BOUND, LOGPROB_BOUND)
     cut = torch.zeros_like(surrogate, dtype=torch.bool)
     return assemble(batch, config, surrogate, cut, batch.logprobs.detach())
