@@ -213,6 +213,8 @@ def test_killed_parent_takes_the_run_with_it() -> None:
             pytest.skip("needs namespaces")
         launcher = next(iter(wait_for_children(parent.pid, 2)))
         everyone = [launcher, *launcher.children(recursive=True)]
+        for each in everyone:  # the kernel's first choice where memory runs out
+            assert Path(f"/proc/{each.pid}/oom_score_adj").read_text() == "1000\n"
         parent.send_signal(signal.SIGKILL)
         _, alive = psutil.wait_procs(everyone, timeout=30)
         assert not alive
