@@ -136,16 +136,16 @@ def set_targets(
         last_values=torch.from_numpy(last_values) if critic else None,
     )
     targets = algorithm.advantages(episodes, config)
-    ends = np.cumsum(counts)[:-1]
-    weights = np.split(aggregation.weights(episodes, config).numpy(), ends)
-    advantages = np.split(targets.advantages.numpy(), ends)
-    for sequence, advantage, weight in zip(sequences, advantages, weights, strict=False):
-        sequence.advantages, sequence.weights = advantage, weight
-    if targets.returns is not None:
-        for sequence, value in zip(
-            sequences, np.split(targets.returns.numpy(), ends), strict=False
-        ):
-            sequence.returns = value
+    advantages = targets.advantages.numpy()
+    weights = aggregation.weights(episodes, config).numpy()
+    values = None if targets.returns is None else targets.returns.numpy()
+    start = 0
+    for sequence, count in zip(sequences, counts, strict=True):
+        mine = slice(start, start + count)
+        sequence.advantages, sequence.weights = advantages[mine], weights[mine]
+        if values is not None:
+            sequence.returns = values[mine]
+        start += count
     laid_out.denominators = aggregation.denominators(episodes, config).numpy()
 
 
@@ -153,8 +153,11 @@ def turn_numbers(sequences: Sequence[TrainingSequence]) -> torch.Tensor:
     """Which turn of all sequences each trained token belongs to, without gaps. int64 [tokens]"""
     if not sequences:
         return torch.zeros(0, dtype=torch.int64)
-    new = [np.diff(s.turns, prepend=-1) != 0 for s in sequences]
-    return torch.from_numpy(np.cumsum(np.concatenate(new)) - 1)
+    turns = np.concatenate([s.turns for s in sequences])
+    new = np.ones(len(turns), dtype=np.bool_)
+    new[1:] = turns[1:] != turns[:-1]
+    new[np.cumsum([len(s.turns) for s in sequences[:-1]], dtype=np.int64)] = True
+    return torch.from_numpy(np.cumsum(new) - 1)
 
 
 def micro_batches(
