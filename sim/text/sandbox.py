@@ -22,6 +22,8 @@ from sim.errors import SimError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache")
+FOLDER = "/flowd-program"  # as the child has it
+ROOTS = ("/mnt", "/media", "/var", "/tmp", "/dev/shm", "/home")  # to put a cage's file system on
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 GRACE_S = 10.0  # beyond its own limit, until a run that does not answer is killed from outside
 MIB = 1 << 20
@@ -195,41 +197,46 @@ class Sandbox:
             "limits": self._limits.in_bytes(),
             "stop_at_first": stop_at_first,
             "namespaces": self._namespaces,
-            "visible": visible_paths(self._packages),
+            "visible": (visible := visible_paths(self._packages)),
+            "root": next(
+                path
+                for path in ROOTS
+                if os.path.isdir(path) and not any(_within(each, path) for each in visible)
+            ),
+            "temporary": tempfile.gettempdir(),
         }
         base = getattr(sys, "_base_executable", "") or sys.executable
         python = sys.executable if self._packages else base
         words = [python, "-P", "-s", "-B", *(() if self._packages else ("-S",))]
-        with tempfile.TemporaryDirectory(prefix="flowd-run-") as folder:
-            child = subprocess.Popen(
-                [*words, str(CHILD), str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                cwd=folder,
-                env={
-                    "PATH": "/usr/local/bin:/usr/bin:/bin",
-                    "HOME": "/work",
-                    "LANG": "C.UTF-8",
-                    "PYTHONUTF8": "1",
-                    "PYTHONHASHSEED": "0",  # the same program, the same output
-                    "OPENBLAS_NUM_THREADS": "1",
-                },
-                start_new_session=True,
-            )
-            with child:
-                try:
-                    out, err = child.communicate(
-                        json.dumps(request).encode(), timeout=self._limits.total_s + GRACE_S
-                    )
-                except BaseException as error:
-                    child.kill()  # and with it, by the kernel, all that it started
-                    if not isinstance(error, subprocess.TimeoutExpired):
-                        raise
-                    child.communicate()
-                    raise SandboxError(
-                        f"a run did not answer within {self._limits.total_s + GRACE_S:g} s"
-                    ) from error
+        child = subprocess.Popen(
+            [*words, str(CHILD), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            env={
+                "PATH": "/usr/local/bin:/usr/bin:/bin",
+                "HOME": FOLDER,
+                "LANG": "C.UTF-8",
+                "PYTHONUTF8": "1",
+                "PYTHONHASHSEED": "0",  # the same program, the same output
+                "OPENBLAS_NUM_THREADS": "1",
+            },
+            start_new_session=True,
+        )
+        with child:
+            try:
+                out, err = child.communicate(
+                    json.dumps(request).encode(), timeout=self._limits.total_s + GRACE_S
+                )
+            except BaseException as error:
+                child.kill()  # and with it, by the kernel, all that it started
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                child.communicate()
+                raise SandboxError(
+                    f"a run did not answer within {self._limits.total_s + GRACE_S:g} s"
+                ) from error
         try:
             answer: dict[str, Any] = json.loads(out)
         except ValueError:
@@ -268,5 +275,9 @@ def visible_paths(packages: bool) -> list[str]:
     return [
         path
         for path in dict.fromkeys((*paths, *DEVICES))
-        if not any(path.startswith(f"{other}/") for other in paths)
+        if not any(path != other and _within(path, other) for other in paths)
     ]
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")

@@ -48,6 +48,7 @@ MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 
+FOLDER = "/flowd-program"  # where a program is at home; no interpreter lies there
 INNER_ID = 1000  # the program's user where a user namespace maps ours
 FIRST_OWN_ID = 0x70000000  # plus a process id: a user of its own for each run, so that its processes are counted alone
 NOBODY = 65534
@@ -126,7 +127,7 @@ def main() -> None:
             _die_with(0 if caged else os.getppid())
             _prctl(PR_SET_DUMPABLE, 0)
             if caged:
-                _build_root(request["visible"])
+                _build_root(request["root"], request["visible"])
             else:
                 _prctl(PR_SET_CHILD_SUBREAPER, 1)
             answer = {"why": why, "results": _run_all(request, caged, user)}
@@ -182,7 +183,6 @@ def _enter_namespaces() -> tuple[bool, str]:
     if os.waitpid(child, 0)[1] != 0:
         return False, "unshare: Operation not permitted"
     parent = os.getppid()
-    os.chown(".", NOBODY, NOBODY)
     _become(NOBODY)
     _die_with(parent)  # the kernel forgets it with a change of user
     _prctl(PR_SET_DUMPABLE, 1)
@@ -205,11 +205,13 @@ def _enter_user_namespace() -> tuple[bool, str]:
     return True, ""
 
 
-def _build_root(visible: list[str]) -> None:
-    """A file system of its own: the interpreter and the system's libraries, read-only, and a folder in memory."""
+def _build_root(root: str, visible: list[str]) -> None:
+    """A file system of its own: the interpreter and the system's libraries, read-only, and a folder in memory.
+
+    root: any folder to put it on; the mount is seen in this namespace only
+    """
     try:
         _mount(None, "/", None, MS_REC | MS_PRIVATE)
-        root = os.getcwd()  # a folder that was made for this run
         _mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4096,mode=755")
         for path in visible:
             inside = root + path
@@ -223,8 +225,9 @@ def _build_root(visible: list[str]) -> None:
                 os.makedirs(os.path.dirname(inside), exist_ok=True)
                 os.close(os.open(inside, os.O_CREAT))
                 _bind(path, inside, 0 if path.startswith("/dev/") else MS_NODEV)
-        os.mkdir(f"{root}/work")
-        os.symlink("work", f"{root}/tmp")
+        os.mkdir(root + FOLDER)
+        with contextlib.suppress(FileExistsError):  # the interpreter lies there
+            os.symlink(FOLDER[1:], f"{root}/tmp")
         os.chdir(root)
         machine = MACHINES.get(platform.machine())
         if machine is None:
@@ -266,16 +269,32 @@ def _run_all(request: dict[str, Any], caged: bool, user: int | None) -> list[dic
         limits = {**limits, "processes": limits["processes"] + 2}  # launcher and keeper count
     results = []
     for test in request["tests"]:
-        folder = "/work" if caged else os.path.abspath("run")
+        folder = FOLDER if caged else _temporary(request["temporary"])
         _fresh_folder(folder, limits, user, caged)
         try:
             result = _run(request["program"], test, limits, folder, user, caged, end)
         finally:
             _end_all(caged)
+            if not caged:
+                _remove(folder)
         results.append(result)
         if time.monotonic() >= end or (request["stop_at_first"] and not result["ended_well"]):
             break
     return results
+
+
+def _temporary(parent: str) -> str:
+    return os.path.join(parent, f"flowd-run-{os.urandom(8).hex()}")
+
+
+def _remove(folder: str) -> None:
+    """Also what the program forbade us to enter."""
+    for path, folders, _ in os.walk(folder):
+        for name in folders:
+            inner = os.path.join(path, name)
+            if not os.path.islink(inner):
+                os.chmod(inner, 0o700)
+    shutil.rmtree(folder)
 
 
 def _fresh_folder(folder: str, limits: dict[str, int], user: int | None, caged: bool) -> None:
@@ -288,7 +307,6 @@ def _fresh_folder(folder: str, limits: dict[str, int], user: int | None, caged: 
         )
         _mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, options)
         return
-    shutil.rmtree(folder, ignore_errors=True)
     os.mkdir(folder, 0o700)
     if user is not None:
         os.chown(folder, user, user)

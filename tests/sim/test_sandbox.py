@@ -231,6 +231,19 @@ def wait_for_children(pid: int, depth: int) -> list[psutil.Process]:
     raise AssertionError("the program did not start")
 
 
+def test_installed_packages_when_asked() -> None:
+    """Wherever the virtual environment lies."""
+    outcomes = []
+    for packages in (False, True):
+        try:
+            sandbox = Sandbox(Limits(memory_mb=2048, processes=64), packages=packages)
+        except SandboxError as error:
+            pytest.skip(str(error))
+        outcomes.append(run(sandbox, "import numpy; print(numpy.arange(3).sum())"))
+    assert outcomes[0].reason == "ModuleNotFoundError: No module named 'numpy'"
+    assert outcomes[1] == Outcome(reason="", output="3\n")
+
+
 def test_bad_limits_are_told() -> None:
     """The value and the rule."""
     with pytest.raises(ValueError, match="timeout_s = 0: it must be more than 0"):
