@@ -69,9 +69,11 @@ class DrainedSocket:
     def send(self, parts: Sequence[Part]) -> None:
         """Send one message. Never blocks; raises zmq.Again where the socket has a full high-water
         mark."""
-        send_parts(self.socket, parts)
-        if int(self.socket.getsockopt(zmq.EVENTS)) & _READABLE:
-            self._drain_soon()
+        try:
+            send_parts(self.socket, parts)
+        finally:  # a send that fails may have used up the edge as well
+            if int(self.socket.getsockopt(zmq.EVENTS)) & _READABLE:
+                self._drain_soon()
 
     def close(self, linger_ms: int = 0) -> None:
         """Stop reading and close the socket; what was sent has `linger_ms` to leave."""
