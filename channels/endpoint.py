@@ -46,6 +46,7 @@ from channels.tensors.lending import (
     DeviceMessage,
     DeviceOffered,
 )
+from channels.tensors.returning import OnLoop
 from channels.tensors.shm import ArenaFrame, SharedArena, SharedViews
 from channels.tensors.tcp import (
     CHUNK_BYTES,
@@ -178,13 +179,12 @@ class ZmqEndpoint:
         # From a random number on: those of a process of our name that was killed are not ours.
         self._transfers = itertools.count(secrets.randbits(62))
         self._closed = False
-        self._loop = asyncio.get_running_loop()
         self._arena: SharedArena | None = None
         self._views: SharedViews | None = None
-        self._returning = False  # blocks to their senders, in the loop's next turn
+        self._returning = OnLoop(self._return_released)  # blocks to their senders
         if shared_dir is not None:
             self._arena = SharedArena(shared_dir, quote(name, safe=""))
-            self._views = SharedViews(shared_dir, self._return_soon)
+            self._views = SharedViews(shared_dir, self._returning.soon)
         self._devices: DeviceLending | None = None
         if device is not None:
             self._devices = DeviceLending(device, self._tell, device_type=device_type)
@@ -374,6 +374,7 @@ class ZmqEndpoint:
         if self._closed:
             return
         self._closed = True
+        self._returning.close()
         for _, connection in self._peers.values():
             connection.close(CLOSE_LINGER_MS)
         for bulk in self._bulk.values():
@@ -485,18 +486,7 @@ class ZmqEndpoint:
         if known is not None:
             known[1].send([messages.encode(message)])
 
-    def _return_soon(self) -> None:
-        """Called wherever an array is collected, in any thread."""
-        if self._returning or self._closed:
-            return
-        self._returning = True
-        try:
-            self._loop.call_soon_threadsafe(self._return_released)
-        except RuntimeError:
-            log.debug("the loop is closed: nothing is returned any more")
-
     def _return_released(self) -> None:
-        self._returning = False
         assert self._views is not None
         for sender, blocks in self._views.take_released().items():
             self._tell(sender, FramesReleased(blocks=tuple(blocks)))

@@ -4,7 +4,6 @@ Before the first frame goes to a peer, its pool is offered; until the peer has s
 where it cannot, frames go there as host bytes. So a message never names memory that its receiver cannot open.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from channels.errors import BadFrame
 from channels.messages import Message
 from channels.tensors.errors import DeviceError, DeviceUnreachable
+from channels.tensors.returning import OnLoop
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +67,11 @@ class DeviceLending:
         self._make = make
         self._send = send
         self._device_type = device_type
-        self._loop = asyncio.get_running_loop()
         self._arena: DeviceArena | None = None
         self._views: DeviceViews | None = None
         self._useless = ""  # why this process lends and opens nothing
         self._answers: dict[str, DeviceAnswered | None] = {}  # None: asked and not answered yet
-        self._returning = False
+        self._returning = OnLoop(self._return_released)
         self._closed = False
 
     def frame(self, tensor: "torch.Tensor") -> "DeviceFrame | None":
@@ -140,6 +139,7 @@ class DeviceLending:
     def close(self) -> None:
         """Lend and open nothing more."""
         self._closed = True
+        self._returning.close()
         if self._arena is not None:
             self._arena.close()
         if self._views is not None:
@@ -155,7 +155,10 @@ class DeviceLending:
                 self._useless = str(error)
                 log.warning("device tensors go through the host: %s", error)
                 return False
-            self._arena, self._views = DeviceArena(device), DeviceViews(device, self._return_soon)
+            self._arena, self._views = (
+                DeviceArena(device),
+                DeviceViews(device, self._returning.soon),
+            )
         return self._arena is not None and not self._closed
 
     def _answer(self, sender: str, offer: bytes) -> DeviceAnswered:
@@ -167,18 +170,7 @@ class DeviceLending:
             return DeviceAnswered(reaches=False, reason=str(error))
         return DeviceAnswered(reaches=True)
 
-    def _return_soon(self) -> None:
-        """Called from the thread that waits for the device."""
-        if self._returning or self._closed:
-            return
-        self._returning = True
-        try:
-            self._loop.call_soon_threadsafe(self._return_released)
-        except RuntimeError:
-            log.debug("the loop is closed: nothing is returned any more")
-
     def _return_released(self) -> None:
-        self._returning = False
         if self._views is not None:
             for sender, blocks in self._views.take_released().items():
                 self._send(sender, DeviceReturned(blocks=tuple(blocks)))

@@ -2,13 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from channel_peers import Run
+from channel_peers import Run, until
 from device_fakes import FakeDevice, FakeNode
 
 from channels.channel import ChannelRouter
@@ -70,21 +69,6 @@ class Pair:
     def close(self) -> None:
         self.a.close()
         self.b.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Look once per turn of the loop until it holds; the test's own deadline ends it otherwise."""
-    loop = asyncio.get_running_loop()
-    held = loop.create_future()
-
-    def look() -> None:
-        if condition():
-            held.set_result(None)
-        elif not held.done():
-            loop.call_later(0.001, look)
-
-    look()
-    await held
 
 
 def test_tensors_stay_on_the_device_once_the_peer_said_that_it_reaches_it(

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from channel_peers import DEADLINE_S, Run
+from channel_peers import DEADLINE_S, Run, until
 from hypothesis import given
 from hypothesis import strategies as st
 from shm_reader import Take
@@ -229,21 +229,6 @@ def reader() -> Iterator[Callable[[Path, str], Reader]]:
             assert pipe is not None
             pipe.close()
         each.process.wait(timeout=DEADLINE_S)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Look once per turn of the loop until it holds; the test's own deadline ends it otherwise."""
-    loop = asyncio.get_running_loop()
-    held = loop.create_future()
-
-    def look() -> None:
-        if condition():
-            held.set_result(None)
-        elif not held.done():
-            loop.call_later(0.001, look)
-
-    look()
-    await held
 
 
 def test_two_processes(run: Run, sockets: Path, reader: Callable[[Path, str], Reader]) -> None:
