@@ -29,7 +29,7 @@ import functools
 import logging
 import queue
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +38,7 @@ import torch
 
 from channels.errors import BadFrame
 from channels.tensors.allocator import FreeList
+from channels.tensors.blocks import Block, LendingArena
 from channels.tensors.devices import HANDLE_BYTES, Device, DeviceEvent
 from channels.tensors.errors import DeviceError, DeviceUnreachable
 
@@ -76,15 +77,14 @@ class DevicePlace(msgspec.Struct, frozen=True, array_like=True):
     event: bytes
 
 
-class _Block:
-    """A part of the pool that is in use: by its producer, by receivers, or by both."""
+class _Block(Block):
+    """A part of the pool that is in use. event: ready from then on."""
 
-    __slots__ = ("event", "lent", "nbytes", "number", "offset", "owned")
+    __slots__ = ("event",)
 
     def __init__(self, number: int, offset: int, nbytes: int, event: DeviceEvent) -> None:
-        self.number, self.offset, self.nbytes, self.event = number, offset, nbytes, event
-        self.owned = True
-        self.lent: Counter[str] = Counter()
+        super().__init__(number, offset, nbytes)
+        self.event = event
 
 
 class DeviceFrame:
@@ -123,7 +123,7 @@ class DeviceFrame:
         return msgspec.msgpack.encode(place)
 
 
-class DeviceArena:
+class DeviceArena(LendingArena[_Block]):
     """The memory of one GPU that one process shares. Any thread may allocate; lending belongs to the loop.
 
     size_bytes: of the pool; what does not fit travels another way
@@ -134,18 +134,14 @@ class DeviceArena:
             raise ValueError(
                 f"a pool of {size_bytes} bytes holds nothing: give its size, or make no arena"
             )
+        super().__init__()
         self.device = device
         self.size_bytes = -(-size_bytes // GRANULE_BYTES) * GRANULE_BYTES
         self._free = FreeList(self.size_bytes)
         self._address: int | None = None
         self._pool: Pool | None = None
-        self._blocks: dict[int, _Block] = {}
         self._by_offset: dict[int, _Block] = {}
         self._events: list[DeviceEvent] = []
-        self._next_block = 0
-        self._lock = threading.Lock()
-        # Collected tensors end here: a finalizer may run anywhere, also while the lock is held.
-        self._disowned: deque[int] = deque()
         self._refused = False  # by the device, and said so
         self._closed = False
 
@@ -157,13 +153,6 @@ class DeviceArena:
                 address = self._allocated()
                 self._pool = Pool(self.device.export(address), self.device.uuid, self.size_bytes)
             return self._pool
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in use."""
-        with self._lock:
-            self._sweep()
-            return len(self._blocks)
 
     @property
     def free_bytes(self) -> int:
@@ -220,22 +209,6 @@ class DeviceArena:
             return None
         return DeviceFrame(self, block, _bytes_of(tensor), tensor.data_ptr() - storage)
 
-    def returned(self, peer: str, blocks: Sequence[int]) -> None:
-        """A peer no longer looks at these blocks. Numbers it does not hold are passed over."""
-        with self._lock:
-            for number in blocks:
-                block = self._blocks.get(number)
-                if block is not None and block.lent[peer] > 0:
-                    block.lent[peer] -= 1
-                    self._free_unused(block)
-
-    def peer_gone(self, peer: str) -> None:
-        """A peer died: it holds nothing."""
-        with self._lock:
-            for block in [b for b in self._blocks.values() if b.lent[peer]]:
-                del block.lent[peer]
-                self._free_unused(block)
-
     def close(self) -> None:
         """Give out nothing more. The pool is freed where nobody can see it; otherwise it goes with the process."""
         with self._lock:
@@ -270,8 +243,7 @@ class DeviceArena:
             if offset is None:
                 self._events.append(event)
                 return None
-            block = _Block(self._next_block, offset, nbytes, event)
-            self._next_block += 1
+            block = _Block(self._number(), offset, nbytes, event)
             self._blocks[block.number] = self._by_offset[offset] = block
         collected = functools.partial(self._disowned.append, block.number)
         return block, self.device.view(address + offset, nbytes, collected)
@@ -283,17 +255,10 @@ class DeviceArena:
             self._address = self.device.allocate(self.size_bytes)
         return self._address
 
-    def _sweep(self) -> None:
-        while self._disowned:
-            block = self._blocks[self._disowned.popleft()]
-            block.owned = False
-            self._free_unused(block)
-
-    def _free_unused(self, block: _Block) -> None:
-        if not block.owned and not any(block.lent.values()):
-            del self._blocks[block.number], self._by_offset[block.offset]
-            self._events.append(block.event)
-            self._free.free(block.offset, block.nbytes)
+    def _release(self, block: _Block) -> None:
+        del self._by_offset[block.offset]
+        self._events.append(block.event)
+        self._free.free(block.offset, block.nbytes)
 
 
 class _Mapping:

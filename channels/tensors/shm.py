@@ -19,9 +19,8 @@ import glob
 import mmap
 import os
 import secrets
-import threading
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import numpy as np
 
 from channels.errors import BadFrame
 from channels.tensors.allocator import FreeList, aligned
+from channels.tensors.blocks import Block, LendingArena
 
 SEGMENT_BYTES = 64 << 20  # the first; each further one doubles what there is
 LIMIT_BYTES = 4 << 30
@@ -60,15 +60,14 @@ class BlockArray(np.ndarray[Any, Any]):
         self.keeps = None
 
 
-class _Block:
-    """A part of a segment that is in use: by its producer, by receivers, or by both."""
+class _Block(Block):
+    """A part of a segment that is in use."""
 
-    __slots__ = ("lent", "nbytes", "number", "offset", "owned", "segment")
+    __slots__ = ("segment",)
 
     def __init__(self, number: int, segment: "_Segment", offset: int, nbytes: int) -> None:
-        self.number, self.segment, self.offset, self.nbytes = number, segment, offset, nbytes
-        self.owned = True
-        self.lent: Counter[str] = Counter()
+        super().__init__(number, offset, nbytes)
+        self.segment = segment
 
 
 class _Segment:
@@ -118,7 +117,7 @@ class ArenaFrame:
         return msgspec.msgpack.encode(place)
 
 
-class SharedArena:
+class SharedArena(LendingArena[_Block]):
     """The memory that one process shares. Any thread may allocate; lending belongs to the loop.
 
     directory: on a tmpfs, common to the processes of a job; made when first needed    name: unique there
@@ -126,28 +125,17 @@ class SharedArena:
     """
 
     def __init__(self, directory: Path, name: str, *, limit_bytes: int = LIMIT_BYTES) -> None:
+        super().__init__()
         self.directory, self.name, self.limit_bytes = directory, name, limit_bytes
         self._segments: list[_Segment] = []
-        self._blocks: dict[int, _Block] = {}
-        self._next_block = 0
         self._next_segment = 0
         self._token = secrets.token_hex(4)  # a reader never takes our file for one it mapped before
-        self._lock = threading.Lock()
-        # Collected arrays end here: a finalizer may run anywhere, also while the lock is held.
-        self._disowned: deque[int] = deque()
         self._closed = False
 
     @property
     def size_bytes(self) -> int:
         """Memory taken by all segments."""
         return sum(segment.free.size_bytes for segment in self._segments)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in use."""
-        with self._lock:
-            self._sweep()
-            return len(self._blocks)
 
     def empty(
         self, shape: Sequence[int] | int, dtype: Any = np.float32
@@ -185,22 +173,6 @@ class SharedArena:
         assert 0 <= start <= block.nbytes - array.nbytes
         return ArenaFrame(self, block, array, start)
 
-    def returned(self, peer: str, blocks: Sequence[int]) -> None:
-        """A peer no longer looks at these blocks. Numbers it does not hold are passed over."""
-        with self._lock:
-            for number in blocks:
-                block = self._blocks.get(number)
-                if block is not None and block.lent[peer] > 0:
-                    block.lent[peer] -= 1
-                    self._free_unused(block)
-
-    def peer_gone(self, peer: str) -> None:
-        """A peer died: it holds nothing."""
-        with self._lock:
-            for block in [b for b in self._blocks.values() if b.lent[peer]]:
-                del block.lent[peer]
-                self._free_unused(block)
-
     def close(self) -> None:
         """Remove the files; arrays that are still held stay valid."""
         with self._lock:
@@ -218,8 +190,7 @@ class SharedArena:
             if found is None:
                 return None
             segment, offset = found
-            block = _Block(self._next_block, segment, offset, nbytes)
-            self._next_block += 1
+            block = _Block(self._number(), segment, offset, nbytes)
             self._blocks[block.number] = block
         array = BlockArray(nbytes, np.uint8, segment.memory, offset)
         array.keeps = block
@@ -261,16 +232,8 @@ class SharedArena:
         spare = SPARE_FRACTION * status.f_blocks * status.f_frsize
         return status.f_bavail * status.f_frsize - nbytes >= spare
 
-    def _sweep(self) -> None:
-        while self._disowned:
-            block = self._blocks[self._disowned.popleft()]
-            block.owned = False
-            self._free_unused(block)
-
-    def _free_unused(self, block: _Block) -> None:
-        if not block.owned and not any(block.lent.values()):
-            del self._blocks[block.number]
-            block.segment.free.free(block.offset, block.nbytes)
+    def _release(self, block: _Block) -> None:
+        block.segment.free.free(block.offset, block.nbytes)
 
 
 class SharedViews:
