@@ -305,7 +305,10 @@ class _Encoder:
         if type(first) is np.ndarray and first.ndim == 1 and first.nbytes < FRAME_BYTES:
             dtype = first.dtype
             if all(type(v) is np.ndarray and v.ndim == 1 and v.dtype == dtype for v in values):
-                return [_ARRAYS, list(map(len, values)), np.concatenate(values)]
+                joined = np.concatenate(values)
+                # Not so for a foreign byte order or empty strings, which numpy replaces.
+                if joined.dtype == dtype:
+                    return [_ARRAYS, list(map(len, values)), joined]
         if type(first) is tuple and all(type(v) is tuple for v in values):
             rows = tuple(itertools.chain.from_iterable(values))
             if _row_class(rows) is not None:

@@ -226,6 +226,8 @@ def test_rows_of_a_class_travel_as_columns() -> None:
         (np.zeros(2, np.int8), np.zeros(2, np.int16)),
         (np.zeros(2), np.zeros((2, 2))),
         (np.zeros(2 * FRAME_BYTES), np.zeros(1)),
+        (np.zeros(2, ">f8"), np.ones(2, ">f8")),
+        (np.zeros(1, "S0"), np.zeros(1, "S0")),
         (torch.ones(2), torch.ones(3)),
         ({}, {"a": 1}),
         ([Single(1)], [Single(1)]),
