@@ -11,7 +11,7 @@ install: $(STAMP)
 # The constraints file pins what was tested; torch 2.13.0 resolves to the CPU build where an index offers one.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,math,data]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,math,data,lora,gymnasium]'
 	touch $(STAMP)
 
 demo: install
