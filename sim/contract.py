@@ -13,6 +13,15 @@ synchronous and batched over slots, run in the env actor's worker thread, and ne
 * There is no autoreset: a slot whose episode ended takes no `step` until it is reset.
 * What is returned is never changed later by the environment (no aliasing of buffers).
 
+A simulator or any other environment with arrays (`ArrayEnvironment`) also says what they look like:
+
+* An observation is a dict of named NumPy arrays and texts, as `observation_space` has it: "state" where there is one
+  vector, images `[H, W, 3]` uint8, "instruction" for a text. A discrete action is an integer array of shape ().
+* An action is one array of `action_space`. Policies act in chunks: `[chunk, *action_space.shape]` of at least one step.
+  `sim.chunks` runs a chunk's steps on any environment and ends at the episode's end.
+* `info` has `success_once` (1.0 once any step was a success) and `success_at_end` (1.0 while the last step is one)
+  in every result, where the task knows what success is.
+
 Seeds are random numbers. An environment that goes through a finite set, and so has to know how many were drawn before,
 says `counted_seeds = True` (a class attribute) and gets counted ones: the group's index, and above it bits
 that are the same for the whole job and another job seed changes.
@@ -21,6 +30,11 @@ that are the same for the whole job and another job seed changes.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.spaces import ArraySpace, ObservationSpace
 
 INDEX_BITS = 32  # of a counted seed
 
@@ -55,7 +69,10 @@ class StepResult:
     """What one step of one episode gave.
 
     observation: what the policy sees next; also given at the end of an episode (the true last observation).
+    reward: of the step; for an action chunk the sum of `step_rewards`
     info: numbers and short strings for logs, such as {"correct": 1.0, "answer": "12"}.
+    step_rewards: float32 [steps], of the steps of an action chunk that were run: all of them, or as many as the
+        episode still had. `terminated` and `truncated` are those of the last of them; None for a single step.
     """
 
     observation: Any
@@ -63,6 +80,7 @@ class StepResult:
     terminated: bool
     truncated: bool
     info: Mapping[str, float | str] = field(default_factory=dict)
+    step_rewards: NDArray[np.float32] | None = None
 
 
 class Environment(Protocol):
@@ -78,4 +96,15 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Free what the environment holds. Called once; no call follows."""
+        ...
+
+
+class ArrayEnvironment(Environment, Protocol):
+    """An environment whose observations and actions are arrays."""
+
+    observation_space: ObservationSpace
+    action_space: ArraySpace
+
+    def render(self, slots: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """A picture of each slot for videos: uint8 [H, W, 3]. SimError: it has no picture to show."""
         ...
