@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from sim.checker import Checked, ContractViolation, check
 from sim.contract import StepResult
 from sim.errors import SimError
+from sim.spaces import ArraySpace
 
 
 class Walk:
@@ -70,19 +71,19 @@ def test_good_environment_passes_and_is_closed() -> None:
     """All episodes end within the steps given, and every environment made is closed once."""
     Walk.opened.clear()
     checked = check(Walk, actions=action)
-    assert checked == Checked(episodes=20, steps=checked.steps, ended=20)
+    assert checked == Checked(episodes=24, steps=checked.steps, ended=24)
     assert [env.closed for env in Walk.opened] == [1, 1]
 
 
 def test_cut_episodes_are_counted_as_not_ended() -> None:
     """With fewer steps than an episode has, the report says that no end was seen."""
-    assert check(Walk, actions=action, max_steps=2) == Checked(episodes=20, steps=40, ended=0)
+    assert check(Walk, actions=action, max_steps=2) == Checked(episodes=24, steps=48, ended=0)
 
 
 def test_actions_may_be_random() -> None:
     """They are drawn once and replayed, so the runs stay comparable."""
     draw = np.random.default_rng(0)
-    assert check(Walk, actions=lambda observation: draw.normal()).ended == 20
+    assert check(Walk, actions=lambda observation: draw.normal()).ended == 24
 
 
 class DependsOnSlot(Walk):
@@ -138,6 +139,72 @@ class ReusesBufferPerSlot(Walk):
         observation = super().observe(slot, seed, time, draw)
         self.rows[slot] = observation["position"]
         return observation | {"position": self.rows[slot]}
+
+
+class KeepsWhatItReturned(Walk):
+    """It goes on from the very array that it gave away."""
+
+    def observe(self, slot: int, seed: int, time: int, draw: np.random.Generator) -> Any:
+        observation = super().observe(slot, seed, time, draw)
+        previous = getattr(self, "given", {}).get(slot) if time else None
+        if previous is not None:
+            observation["position"] = observation["position"] + previous
+        self.given = {**getattr(self, "given", {}), slot: observation["position"]}
+        return observation
+
+
+class ForgetsAtReset(Walk):
+    """A reset of any slot draws from the random states of all others."""
+
+    def reset(self, slots: Sequence[int], seeds: Sequence[int]) -> list[Any]:
+        for slot, state in enumerate(self.states):
+            if state is not None and slot not in slots:
+                state[2].normal()
+        return super().reset(slots, seeds)
+
+
+class ChangesActions(Walk):
+    def step(self, slots: Sequence[int], actions: Sequence[Any]) -> list[StepResult]:
+        results = super().step(slots, [action[0] for action in actions])
+        for action in actions:
+            action *= 2
+        return results
+
+
+class LeavesItsSpace(Walk):
+    observation_space: ClassVar = {
+        "position": ArraySpace(shape=(3,), dtype="float32", low=-1.0, high=1.0)
+    }
+
+    def observe(self, slot: int, seed: int, time: int, draw: np.random.Generator) -> Any:
+        return {"position": super().observe(slot, seed, time, draw)["position"]}
+
+
+class ForgetsSuccess(Walk):
+    def step(self, slots: Sequence[int], actions: Sequence[Any]) -> list[StepResult]:
+        results = super().step(slots, actions)
+        times = [result.info["time"] for result in results]
+        success = [{"success_once": float(t == 1), "success_at_end": float(t == 1)} for t in times]
+        return [replace(r, info=s) for r, s in zip(results, success, strict=True)]
+
+
+class WrongSteps(Walk):
+    def step(self, slots: Sequence[int], actions: Sequence[Any]) -> list[StepResult]:
+        rewards = np.array([1.0, 2.0], dtype=np.float32)
+        return [replace(r, step_rewards=rewards) for r in super().step(slots, actions)]
+
+
+class MovesForPictures(Walk):
+    def render(self, slots: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+        for slot in slots:
+            if (state := self.states[slot]) is not None:
+                state[2].normal()
+        return [np.zeros((4, 4, 3), dtype=np.uint8) for _ in slots]
+
+
+class GreyPictures(Walk):
+    def render(self, slots: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+        return [np.zeros((4, 4), dtype=np.uint8) for _ in slots]
 
 
 class EndsTwice(Walk):
@@ -224,6 +291,19 @@ class NamesNoSlot(Walk):
             ReusesBufferPerSlot,
             r"never changed later .*first observation .*changed in it\['position'\]",
         ),
+        (
+            KeepsWhatItReturned,
+            r"same seed .*alone, again\) differ in it\.observation\['position'\]",
+        ),
+        (ForgetsAtReset, r"same seed .*one after another\) differ"),
+        (LeavesItsSpace, r"observations lie in observation_space: .*'position' is .* outside of"),
+        (
+            ForgetsSuccess,
+            r"success_once stays at 1\.0: .* were 0\.0 and 0\.0, success_once 1\.0 before",
+        ),
+        (WrongSteps, r"step_rewards are float32 \[steps\] with the sum"),
+        (MovesForPictures, r"same seed .*alone, again\) differ"),
+        (GreyPictures, r"render returns uint8 \[H, W, 3\] per slot"),
         (EndsTwice, "never both true"),
         (NumpyBool, r"terminated is a bool"),
         (NanReward, "a reward is a finite float.*nan"),
@@ -243,6 +323,56 @@ def test_each_broken_rule_is_named(broken: Callable[..., Walk], rule: str) -> No
     with pytest.raises(ContractViolation, match=rule):
         check(broken, actions=action)
     assert [env.closed for env in Walk.opened] == [1, 1]
+
+
+def test_an_action_stays_the_policys() -> None:
+    """What was handed to step is not written to."""
+    with pytest.raises(ContractViolation, match=r"an action .* stays as it is: step 1 .* changed"):
+        check(ChangesActions, actions=lambda observation: np.ones(1))
+
+
+class CutsAt(Walk):
+    """A walk of steady steps whose limit can be chosen."""
+
+    limit = 5
+
+    def step(self, slots: Sequence[int], actions: Sequence[Any]) -> list[StepResult]:
+        results = super().step(slots, actions)
+        cut = [result.info["time"] == self.limit for result in results]
+        for slot, ended in zip(slots, cut, strict=True):
+            if ended:
+                self.states[slot] = None
+        return [
+            replace(r, terminated=False, truncated=c) for r, c in zip(results, cut, strict=True)
+        ]
+
+
+class CutsLater(CutsAt):
+    limit = 6
+
+
+class ShowsNextEpisode(CutsAt):
+    """Autoreset in disguise: with the end comes the first observation of the next episode."""
+
+    def step(self, slots: Sequence[int], actions: Sequence[Any]) -> list[StepResult]:
+        new = {"position": np.zeros(3, dtype=np.float32), "torch": torch.tensor([0]), "text": "new"}
+        return [
+            replace(r, observation=new) if r.truncated else r for r in super().step(slots, actions)
+        ]
+
+
+def test_the_last_observation_is_compared_with_a_longer_episode() -> None:
+    """It is the one that the value is bootstrapped from."""
+    seeds = (2, 3)  # the walk of these has five steps or more
+    check(CutsAt, actions=action, seeds=seeds, uncut=CutsLater)
+    with pytest.raises(ContractViolation, match=r"true last one: step 5 of seed 2 .* differ in it"):
+        check(ShowsNextEpisode, actions=action, seeds=seeds, uncut=CutsLater)
+
+
+def test_without_actions_the_action_space_is_drawn_from() -> None:
+    """An environment without one needs actions."""
+    with pytest.raises(ValueError, match="no action_space to draw from: give actions"):
+        check(Walk)
 
 
 class Jitters(Walk):
