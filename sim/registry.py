@@ -13,6 +13,8 @@ TASKS = {
     "arithmetic": "sim.text.arithmetic:Arithmetic",
     "gsm8k": "sim.text.gsm8k:Gsm8k",
     "guess_number": "sim.text.guess_number:GuessNumber",
+    "gymnasium": "sim.gymnasium:Gymnasium",
+    "point_reach": "sim.point_reach:PointReach",
     "text": "sim.text.prompts:Prompts",
 }
 

@@ -1,5 +1,8 @@
 """Tasks by name or import path, and what a wrong one is told."""
 
+import subprocess
+import sys
+
 import pytest
 
 from sim.errors import SimError
@@ -58,3 +61,12 @@ def test_arguments_are_checked_without_opening_anything() -> None:
         check_arguments("gsm8k", {"limit": 3})
     with pytest.raises(SimError, match=r'no argument "pat".*did you mean "path"'):
         check_arguments("gsm8k", {"pat": "x"})
+
+
+def test_checking_a_job_loads_no_simulator() -> None:
+    """The daemon may run where the simulators are not installed, or are in another interpreter."""
+    code = (
+        "import sys; from sim.registry import TASKS, find; [find(task) for task in TASKS]; "
+        "sys.exit(bool({'gymnasium', 'torch', 'mani_skill', 'libero', 'metaworld'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
