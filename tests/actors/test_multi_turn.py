@@ -68,13 +68,13 @@ async def play(tmp_path: Path) -> tuple[Watched, list[Group], Any]:
             one.tell(other.introduction)
             other.tell(one.introduction)
         watched: list[Watched] = []
-        take_device = rollout.actor._take_device
+        take_device = rollout.actor.sampler.take_device
 
         def take_and_watch() -> None:
             take_device()
-            watched.append(Watched(rollout.actor.engine))
+            watched.append(Watched(rollout.actor.sampler.engine))
 
-        rollout.actor._take_device = take_and_watch
+        rollout.actor.sampler.take_device = take_and_watch
         trained: list[Group] = []
         accumulate = trainer.actor.engine.accumulate
 
@@ -120,7 +120,7 @@ async def play(tmp_path: Path) -> tuple[Watched, list[Group], Any]:
                 ),
             )
         await conductor.take(StepDone)
-        policy = rollout.actor.policy
+        policy = rollout.actor.sampler.policy
         conductor.endpoint.close()
     return watched[0], trained, policy
 

@@ -15,7 +15,7 @@ from actors.backends.contract import GenerationRequest
 from actors.episodes import Action, SampleRequest, TurnRequest
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
-from actors.rollout import actor as rollout_module
+from actors.rollout import text_sampler
 from channels.channel import Producer
 from channels.endpoint import InlineHub
 from channels.errors import Withdrawn
@@ -32,7 +32,7 @@ NO_TOKENS = np.zeros(0, dtype=np.int32)
 @pytest.fixture
 def stepwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token per turn of the loop, so that things can happen in mid-generation."""
-    monkeypatch.setattr(rollout_module, "ADVANCE_S", -1.0)
+    monkeypatch.setattr(text_sampler, "ADVANCE_S", -1.0)
 
 
 def question(text: str) -> TextObservation:
@@ -86,7 +86,7 @@ class Driver:
         await self.stage.__aenter__()
         await self.stage.heard(Ready)
         if self.endless:
-            self.stage.actor.policy._stop_tokens = ()
+            self.stage.actor.sampler.policy._stop_tokens = ()
         self._spy()
         self.conductor = await self.stage.meet("conductor", "conductor")
         return self
@@ -96,7 +96,7 @@ class Driver:
 
     def _spy(self) -> None:
         actor = self.stage.actor
-        advance, prepare = actor._advance, actor._prepare
+        advance, prepare = actor._advance, actor.sampler._prepare
 
         def counting(admissible: Any) -> None:
             self.steps += 1
@@ -104,10 +104,10 @@ class Driver:
 
         def recording(work: Any) -> None:
             prepare(work)
-            requests: list[GenerationRequest | None] = work.requests
+            requests: list[GenerationRequest | None] = work.state.requests
             self.resumed += [len(r.sampled) for r in requests if r is not None]
 
-        actor._advance, actor._prepare = counting, recording
+        actor._advance, actor.sampler._prepare = counting, recording
 
     async def with_env(self) -> "Driver":
         self.env = await self.stage.meet("env-0", "env")
@@ -165,7 +165,7 @@ def test_a_turn_is_answered_with_its_actions(run: Run, tmp_path: Path) -> None:
             await driver.with_env()
             driver.publish(0)
             actions: list[Action] = await driver.requests.call(request(3))
-            policy = driver.stage.actor.policy
+            policy = driver.stage.actor.sampler.policy
             for i, action in enumerate(actions):
                 expected = policy.encode(NO_TOKENS, question(f"3+{i}="))
                 np.testing.assert_array_equal(action.prompt, expected)
@@ -193,7 +193,7 @@ def test_a_burst_of_requests_starts_together(run: Run, tmp_path: Path) -> None:
             await driver.with_env()
             driver.publish(0)
             await driver.requests.call(request(0))  # the engine is there, and idle
-            engine = driver.stage.actor.engine
+            engine = driver.stage.actor.sampler.engine
             step, rows = engine.step, []
 
             def counting() -> Any:
@@ -255,20 +255,20 @@ def test_a_delta_is_applied_and_one_that_does_not_fit_is_replaced(run: Run, tmp_
 
             assert (await sample(0))[0] == "full"
             actor, loaded = driver.stage.actor, []
-            load = actor.engine.load_weights
+            load = actor.sampler.engine.load_weights
 
             def spy(version: int, weights: Any) -> None:
                 loaded.append(type(weights).__name__)
                 load(version, weights)
 
-            actor.engine.load_weights = spy
+            actor.sampler.engine.load_weights = spy
             with torch.no_grad():
                 model.get_input_embeddings().weight[10:20] += 0.5
             assert (await sample(1))[0] == "delta"
             assert loaded == ["WeightsDelta"]
             with torch.no_grad():
                 model.get_input_embeddings().weight[10:20] -= 0.5
-                next(actor.model.parameters())[30] += 0.5  # a row that the delta does not name
+                next(actor.sampler._model.parameters())[30] += 0.5  # a row that the delta does not name
             assert (await sample(2))[0] == "delta"
             assert loaded == ["WeightsDelta", "WeightsDelta", "dict"]
             assert actor.loaded == (0, 2)
@@ -376,10 +376,10 @@ def test_a_request_that_runs_can_be_withdrawn(run: Run, tmp_path: Path) -> None:
             doomed = asyncio.create_task(driver.requests.call(request(0)))
             beside = asyncio.create_task(driver.requests.call(request(1)))
             await driver.advanced(5)
-            assert driver.stage.actor.engine.num_running == 4
+            assert driver.stage.actor.sampler.engine.num_running == 4
             doomed.cancel()
-            await driver.stage.until(lambda: driver.stage.actor.engine.num_running == 2)
-            assert len(driver.stage.actor.by_request) == 2
+            await driver.stage.until(lambda: driver.stage.actor.sampler.engine.num_running == 2)
+            assert len(driver.stage.actor.sampler.by_request) == 2
             assert same(await beside, alone)
             assert driver.in_flight() == 0
 

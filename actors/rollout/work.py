@@ -1,0 +1,86 @@
+"""What a rollout actor holds, and what it asks of whatever finds the actions: tokens by tokens, or all at once."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from actors.episodes import Action, TurnRequest
+from channels.channel import Item
+
+if TYPE_CHECKING:
+    import torch
+
+    from channels.weights.delta import WeightsDelta
+
+
+@dataclass
+class Work:
+    """A request while it is held. state: the sampler's own notes on it, None before it was begun"""
+
+    item: Item
+    order: int
+    watch: asyncio.Task[None]  # for its cancellation
+    state: Any = field(default=None)
+
+    @property
+    def request(self) -> TurnRequest:
+        request: TurnRequest = self.item.payload
+        return request
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """started: works that are held by the sampler from now on; finished: those that ended, with their actions."""
+
+    started: list[Work]
+    finished: list[tuple[Work, list[Action | None]]]
+
+
+class Sampler(Protocol):
+    """Finds the actions of requests, on a device. Called in the worker thread, one call at a time.
+
+    running: begun and not finished, in order    at_a_time: requests that can run together
+    """
+
+    running: list[Work]
+    at_a_time: int
+
+    @property
+    def has_device(self) -> bool:
+        """Whether there is anything on the device to give up."""
+        ...
+
+    def take_device(self) -> None:
+        """Be on the device: built at the first time, as before otherwise."""
+        ...
+
+    def offload(self) -> None:
+        """Free the device. Nothing runs."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Device memory held now."""
+        ...
+
+    def load_weights(
+        self, version: int, weights: "Mapping[str, torch.Tensor] | WeightsDelta"
+    ) -> None:
+        """Replace the weights. Raises WeightsMismatch for a delta that does not fit: load others then."""
+        ...
+
+    def advance(self, admissible: Sequence[Work], interrupted: Callable[[], bool]) -> Advanced:
+        """Start what fits, in order, and work until a request is finished, `interrupted`, or the time slice is over."""
+        ...
+
+    def suspend(self) -> list[Work]:
+        """Stop all that runs and return it; begun again, it goes on from where it stood."""
+        ...
+
+    def drop(self, work: Work) -> None:
+        """Forget one that runs."""
+        ...
+
+    def with_progress(self, work: Work) -> TurnRequest:
+        """The request of one that does not run, with what was made of it: whoever takes it goes on from there."""
+        ...
