@@ -136,7 +136,11 @@ class TrainingEngine(Protocol):
         ...
 
     def weights(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        """The parameters under Hugging Face names, on the host or the device, not to be changed."""
+        """The parameters under Hugging Face names, on the host or the device, not to be changed.
+
+        Each is a plain tensor that every rank has whole, or a DTensor over all ranks: `channels.weights.sharded` copies
+        a rank's part of it, and converts to the dtype that is published as it copies. No copy is to be made here.
+        """
         ...
 
     def state(self) -> "dict[str, torch.Tensor]":

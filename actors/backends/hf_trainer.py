@@ -43,7 +43,7 @@ class HFTrainingEngine:
     are those of the policy that sampled. The critic of an algorithm that has one is trained beside it, and a reference
     policy, where one is asked for, is what the weights were before the first step.
 
-    process_group: of all ranks, or None for one    publish_dtype: of what `weights` gives; None is the master's
+    process_group: of all ranks, or None for one
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class HFTrainingEngine:
         config: TrainerConfig,
         device: str | torch.device = "cpu",
         process_group: dist.ProcessGroup | None = None,
-        publish_dtype: torch.dtype | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(True)
@@ -63,7 +62,6 @@ class HFTrainingEngine:
         self._algorithm_config = settings = resolve(algorithm_config)
         self._config = config
         self._group = process_group
-        self._publish_dtype = publish_dtype
         if config.gradient_checkpointing:
             _checkpoint_layers(self.model)
         self._published = dict(self.model.named_parameters())  # tied ones once
@@ -372,9 +370,9 @@ class HFTrainingEngine:
     # Weights and state.
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters under their Hugging Face names, tied ones once, in the dtype that is published."""
+        """The policy's parameters under their Hugging Face names, tied ones once: the masters themselves."""
         for name, parameter in self._published.items():
-            yield name, parameter.detach().to(self._publish_dtype or parameter.dtype)
+            yield name, parameter.detach()
 
     def state(self) -> dict[str, Tensor]:
         """Parameters "model.*" (the critic's "model.critic.*"), moments "exp_avg.*" and "exp_avg_sq.*", the counters

@@ -26,7 +26,8 @@ from actors.trainer import checkpoint
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.messages import Message
-from channels.weights import WeightsDirectory, WeightsPublished
+from channels.weights import Publication, WeightsDirectory, WeightsPublished
+from channels.weights.sharded import ShardWriter, outline
 from channels.work import (
     Admit,
     BeginRun,
@@ -58,6 +59,7 @@ class TrainerActor(Actor):
             keep=job.max_staleness + 2,
             variant=self.config.trainer.weights,
         )
+        self.parts = ShardWriter(self.spec.rank, self.spec.num_ranks)
         self.commands: asyncio.Queue[Command] = asyncio.Queue()
         self.rank_commands: asyncio.Queue[tuple[RankCommand, Any]] = asyncio.Queue()
         self.replies: dict[tuple[str, int], asyncio.Future[None]] = {}
@@ -318,10 +320,15 @@ class TrainerActor(Actor):
         return metrics
 
     async def _publish(self) -> WeightsPublished:
-        assert self.engine is not None
-        published = await self.compute(
-            "publish", self.weights.publish, self.run_attempt, self.step, self.engine.weights()
-        )
+        """Every rank writes its parts into one file, which is shown when all have."""
+        publication, tensors = await self.compute("publish", self._begin_publication)
+        try:
+            ranks = self._command_ranks("publish", str(publication.path))
+            await self.compute("publish", self.parts.write, publication.tensors, tensors)
+            await ranks
+            published: WeightsPublished = await self.compute("publish", publication.finish)
+        finally:
+            publication.drop()
         self._tell(published)
         return published
 
@@ -364,10 +371,10 @@ class TrainerActor(Actor):
         self.endpoint.send(peers[0].peer, message, payload)
         return reply
 
-    def _command_ranks(self, command: str) -> "asyncio.Future[list[None]]":
+    def _command_ranks(self, command: str, payload: Any = None) -> "asyncio.Future[list[None]]":
         """Send a command to all other ranks now; the future is done when all have carried it out."""
         return asyncio.gather(
-            *(self._tell_rank(rank, command) for rank in range(1, self.spec.num_ranks))
+            *(self._tell_rank(rank, command, payload) for rank in range(1, self.spec.num_ranks))
         )
 
     # Every rank.
@@ -391,6 +398,8 @@ class TrainerActor(Actor):
                     case "finish":
                         await self.compute("update", self.engine.finish_step)
                         self.delivered()
+                    case "publish":
+                        await self.compute("publish", self._write_parts, Path(payload))
             leader = next((p for p in self.peers_of("trainer") if p.rank == 0), leader)
             if leader is not None:
                 reply = RankReply(rank=self.spec.rank, command=command.command, step=command.step)
@@ -445,6 +454,17 @@ class TrainerActor(Actor):
             keep=self.config.checkpoint.keep,
             policies={v: self.weights.load(self.run_attempt, v) for v in older},
         )
+
+    def _begin_publication(self) -> tuple[Publication, dict[str, Any]]:
+        """The file of the next version, and what it is made of: masters, converted as they are written."""
+        assert self.engine is not None
+        tensors = dict(self.engine.weights())
+        made = outline(tensors, self.config.rollout.dtype)
+        return self.weights.begin(self.run_attempt, self.step, made), tensors
+
+    def _write_parts(self, path: Path) -> None:
+        assert self.engine is not None
+        self.parts.write_file(path, dict(self.engine.weights()))
 
     def _publish_older(self) -> None:
         """Put the commit's older policies where rollout actors look for them."""

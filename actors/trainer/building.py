@@ -37,7 +37,6 @@ def build_engine(spec: ActorSpec, config: JobConfig) -> HFTrainingEngine:
         config=config.trainer,
         device=device,
         process_group=_process_group(spec, device) if spec.num_ranks > 1 else None,
-        publish_dtype=getattr(torch, config.rollout.dtype),
     )
 
 

@@ -1,5 +1,10 @@
 """How policy weights travel from trainer to rollout: the node's host copy, and device memory to device memory."""
 
-from channels.weights.directory import VARIANTS, WeightsDirectory, WeightsPublished
+from channels.weights.directory import (
+    VARIANTS,
+    Publication,
+    WeightsDirectory,
+    WeightsPublished,
+)
 
-__all__ = ["VARIANTS", "WeightsDirectory", "WeightsPublished"]
+__all__ = ["VARIANTS", "Publication", "WeightsDirectory", "WeightsPublished"]

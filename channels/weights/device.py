@@ -31,7 +31,7 @@ from channels.errors import BadFrame, ChannelError, WeightsMismatch
 from channels.messages import Message
 from channels.tensors.devices import HANDLE_BYTES, Device
 from channels.tensors.errors import DeviceError, DeviceUnreachable
-from channels.weights.directory import VersionName
+from channels.weights.versions import VersionName
 
 BUCKET_BYTES = 256 * 1024 * 1024
 NUM_BUCKETS = 2

@@ -6,6 +6,12 @@
     with directory.borrow(run_attempt, version) as tensors:                  # the same, to copy from at once
         ...
 
+Several ranks of a trainer write a version together, each its own parts (see `channels.weights.sharded`):
+
+    with directory.begin(run_attempt, version, outline(tensors)) as publication:     # the leader
+        ...                                     # every rank: ShardWriter.write_file(publication.path, tensors)
+        published = publication.finish()
+
 Contract:
 * A version is named (run_attempt, version): a job that was rolled back repeats version numbers.
 * A version appears at once and complete, or not at all, whenever the publisher dies.
@@ -35,28 +41,30 @@ Calls block for the time of the copy: call them in the worker thread. Not for us
 
 import errno
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Self
 
-from channels.errors import BadFrame, ChannelError, VersionGone
+from channels.errors import BadFrame, ChannelError
 from channels.messages import Message
 from channels.weights.delta import Comparison, WeightsDelta
 from channels.weights.files import Borrowed, Mappings, Space, map_privately
-from channels.weights.layout import Layout, lay_out, same_layout
+from channels.weights.layout import Layout, Sized, lay_out, same_layout
+from channels.weights.versions import (
+    Version,
+    VersionName,
+    Versions,
+    delta_file,
+    metadata,
+    version_file,
+)
 
 if TYPE_CHECKING:
     import torch
 
 VARIANTS = ("full", "delta")
 SPARE_BYTES = 64 * 1024 * 1024  # that a file system must have left after a publish
-_NAME = r"(\d{6,})-(\d{10,})"
-_FILE = re.compile(rf"(?:weights-{_NAME}|adapter-{_NAME}-on-{_NAME})\.safetensors")
-_DELTA = re.compile(rf"delta-{_NAME}-from-{_NAME}\.safetensors")
-
-VersionName = tuple[int, int]  # (run attempt, version)
 
 
 class WeightsPublished(Message, frozen=True, tag="weights_published"):
@@ -70,15 +78,75 @@ class WeightsPublished(Message, frozen=True, tag="weights_published"):
     variant_bytes: int = 0  # that a receiver reads which has all that went before
     base: VersionName | None = None  # what a delta or an adapter goes on top of
 
+    @property
+    def version(self) -> VersionName:
+        """Its name."""
+        return self.run_attempt, self.policy_version
 
-class _Version(NamedTuple):
-    name: VersionName
-    path: Path
-    base: VersionName | None  # of an adapter
+
+class Publication:
+    """A version that is being written: seen by nobody until `finish`, dropped at the end of the block without it.
+
+    path: the file while it is written    tensors: the whole tensors in it, by name
+    """
+
+    def __init__(
+        self,
+        directory: "WeightsDirectory",
+        target: Version,
+        layout: Layout,
+        space: Space,
+        tensors: "Mapping[str, torch.Tensor]",
+        before: "Mapping[str, torch.Tensor] | None",
+        held: ExitStack,
+    ) -> None:
+        self.path = space.path
+        self.tensors = tensors
+        self.layout = layout
+        self._directory = directory
+        self._target = target
+        self._space = space
+        self._before = before
+        self._comparison = Comparison(layout.size_bytes) if before is not None else None
+        self._compared: set[str] = set()
+        self._held = held
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def write(self, name: str, tensor: "torch.Tensor") -> None:
+        """Fill one tensor, converting it to the dtype that is published."""
+        self.tensors[name].copy_(tensor.detach())
+        self._compare(name)  # while it is in the cache
+
+    def finish(self) -> WeightsPublished:
+        """Show the version, complete: every tensor has been written, by whomever."""
+        for name in self.layout.places:
+            self._compare(name)
+        delta = None
+        if self._comparison is not None and self._comparison.worthwhile:
+            delta = self._comparison.delta(self.tensors)
+        self._space.become(self._target.path)
+        self._held.close()  # the base of the delta may be written over again
+        return self._directory.shown(self._target, self.layout, delta)
+
+    def drop(self) -> None:
+        """Give the version up, unless it is shown."""
+        self._space.drop()
+        self._held.close()
+
+    def _compare(self, name: str) -> None:
+        if self._comparison is None or self._before is None or name in self._compared:
+            return
+        self._compared.add(name)
+        self._comparison.add(name, self.tensors[name], self._before[name])
 
 
 class WeightsDirectory:
-    """The versions of one job on one node. One process publishes; any may read.
+    """The versions of one job on one node. One process publishes, one version at a time; any may read.
 
     paths: directories in order of preference, such as one in /dev/shm and one in the run directory;
     a version goes to the first with room for it. They are made when the first version is published.
@@ -101,9 +169,10 @@ class WeightsDirectory:
             raise ValueError("no directory for weights: give at least one path")
         self.keep = keep
         self.variant = variant
+        self._versions = Versions(self.paths)
         self._written = Mappings(writable=True)
         self._read = Mappings(writable=False)
-        self._last: _Version | None = None  # the full version published before
+        self._last: Version | None = None  # the full version published before
 
     def publish(
         self,
@@ -119,43 +188,63 @@ class WeightsDirectory:
         Raises ChannelError when no directory has room, VersionGone without the base, ValueError for a tensor that
         safetensors cannot hold.
         """
+        given = dict(tensors)
+        with self.begin(run_attempt, version, given, base=base) as publication:
+            for name in publication.layout.places:  # the order of the file
+                publication.write(name, given[name])
+            return publication.finish()
+
+    def begin(
+        self,
+        run_attempt: int,
+        version: int,
+        outline: Mapping[str, Sized],
+        *,
+        base: VersionName | None = None,
+    ) -> Publication:
+        """As `publish`, for tensors that others will write, or parts of them. outline: dtype and shape by name."""
         name = (run_attempt, version)
         if base is not None:
-            self._find(base)
-        given = dict(tensors)
-        layout = lay_out(given, _metadata(name, base))
-        self._delete_abandoned()
-        leaving = self._leaving(self.keep - 1, base)
-        reused = self._retire(leaving) if self.keep > 1 else None
+            self._versions.find(base)
+        layout = lay_out(outline, metadata(name, base))
+        self._versions.delete_abandoned()
+        leaving = self._versions.leaving(self.keep - 1, base)
+        reused = self._versions.retire(leaving) if self.keep > 1 else None
         with ExitStack() as stack:
             if reused is not None:
                 stack.callback(reused.drop)
             before = self._base_of_delta(layout, stack) if base is None else None
-            path, delta = self._write(name, base, layout, given, reused, before)
-        written = _Version(name, path, base)
-        self._delete_others(written)
+            space, tensors = self._make_room(layout, reused)
+            target = Version(name, space.path.with_name(version_file(name, base)), base)
+            return Publication(self, target, layout, space, tensors, before, stack.pop_all())
+
+    def shown(
+        self, written: Version, layout: Layout, delta: WeightsDelta | None
+    ) -> WeightsPublished:
+        """A publication is in sight: add its delta, delete what goes."""
+        self._versions.delete_others(written)
         delta_bytes = 0
         if delta is not None and self._last is not None:
             delta_bytes = self._write_delta(written, self._last.name, delta)
-        variant = "adapter" if base is not None else "delta" if delta_bytes else "full"
+        adapter = written.base is not None
         published = WeightsPublished(
-            run_attempt=run_attempt,
-            policy_version=version,
-            path=str(path),
+            run_attempt=written.name[0],
+            policy_version=written.name[1],
+            path=str(written.path),
             size_bytes=layout.size_bytes,
-            variant=variant,
+            variant="adapter" if adapter else "delta" if delta_bytes else "full",
             variant_bytes=delta_bytes or layout.size_bytes,
-            base=base if delta is None or self._last is None else self._last.name,
+            base=written.base if delta is None or self._last is None else self._last.name,
         )
-        if base is None:
+        if not adapter:
             self._last = written
-        self._delete_beyond(self.keep)
+        self._versions.delete_beyond(self.keep)
         self._written.forget_others(self.paths)
         return published
 
     def newest(self) -> WeightsPublished | None:
         """The newest version there is, by run attempt and then by version; None before the first."""
-        for found in sorted(self._versions(), reverse=True):
+        for found in sorted(self._versions, reverse=True):
             try:
                 size_bytes = found.path.stat().st_size
             except FileNotFoundError:
@@ -175,9 +264,9 @@ class WeightsDirectory:
         """The tensors of a version by name, mapped. Raises VersionGone, BadFrame for a damaged file."""
         name = (run_attempt, version)
         try:
-            return map_privately(self._find(name).path)[1]
+            return map_privately(self._versions.find(name).path)[1]
         except FileNotFoundError as error:
-            raise self._gone(name) from error
+            raise self._versions.gone(name) from error
 
     @contextmanager
     def borrow(
@@ -185,6 +274,7 @@ class WeightsDirectory:
     ) -> "Iterator[Mapping[str, torch.Tensor] | WeightsDelta]":
         """The tensors of a version, or the delta that leads to it from the version that the receiver holds.
 
+        A receiver that needs parts only reads `tensors[name][within(box, whole(shape))]` (channels.weights.shards).
         Raises VersionGone, BadFrame for a damaged file. See the module's contract for what may be done with them.
         """
         name = (run_attempt, version)
@@ -194,106 +284,28 @@ class WeightsDirectory:
             yield delta
             return
         try:
-            borrowed = Borrowed(self._find(name).path, self._read)
+            borrowed = Borrowed(self._versions.find(name).path, self._read)
         except FileNotFoundError as error:
-            raise self._gone(name) from error
+            raise self._versions.gone(name) from error
         with borrowed:
             yield borrowed.tensors
 
     def clear(self) -> None:
         """Delete every version and what a publisher that died left behind."""
-        self._delete_beyond(0)
-        for path in self.paths:
-            for left in path.glob(".*.partial"):
-                left.unlink(missing_ok=True)
-
-    # What is there.
-
-    def _versions(self) -> Iterator[_Version]:
-        for path in self.paths:
-            for entry in path.glob("*.safetensors"):
-                match = _FILE.fullmatch(entry.name)
-                if match and match[1]:
-                    yield _Version((int(match[1]), int(match[2])), entry, None)
-                elif match:
-                    name, base = (int(match[3]), int(match[4])), (int(match[5]), int(match[6]))
-                    yield _Version(name, entry, base)
-
-    def _deltas(self) -> Iterator[tuple[VersionName, Path]]:
-        for path in self.paths:
-            for entry in path.glob("delta-*.safetensors"):
-                match = _DELTA.fullmatch(entry.name)
-                if match:
-                    yield (int(match[1]), int(match[2])), entry
-
-    def _find(self, name: VersionName) -> _Version:
-        for found in self._versions():
-            if found.name == name:
-                return found
-        raise self._gone(name)
-
-    def _gone(self, name: VersionName) -> VersionGone:
-        return VersionGone(
-            f"version {name[1]} of run attempt {name[0]} is not in "
-            f"{' or '.join(map(str, self.paths))}: it was replaced; load the newest instead"
-        )
+        self._versions.clear()
 
     def _open_delta(self, name: VersionName, held: VersionName) -> WeightsDelta | None:
-        for path in self.paths:
-            file = path / f"delta-{_text(name)}-from-{_text(held)}.safetensors"
-            try:
-                layout, tensors = map_privately(file)
-            except FileNotFoundError:
-                continue
-            checksum = layout.metadata.get("checksum")
-            if checksum is None:
-                raise BadFrame(f"{file} has no checksum")
-            return WeightsDelta.of_tensors(tensors, checksum)
-        return None
-
-    # What goes.
-
-    def _leaving(self, keep: int, base: VersionName | None = None) -> list[_Version]:
-        """Versions beyond `keep`, newest first, that no version which stays is based on."""
-        ordered = sorted(self._versions(), reverse=True)
-        bases = {base, *(found.base for found in ordered[:keep])}
-        return [found for found in ordered[keep:] if found.name not in bases]
-
-    def _delete_abandoned(self) -> None:
-        """Delete what publishers that died were writing: nobody holds its lock any more."""
-        for path in self.paths:
-            for left in path.glob(".*.partial"):
-                space = Space.take(left)
-                if space is not None:
-                    space.drop()
-
-    def _delete_beyond(self, keep: int) -> None:
-        for found in self._leaving(keep):
-            found.path.unlink(missing_ok=True)  # who holds it keeps it until done
-        stay = {found.name for found in self._versions()}
-        for name, path in self._deltas():
-            if name not in stay:
-                path.unlink(missing_ok=True)
-
-    def _delete_others(self, written: _Version) -> None:
-        """Delete what had the name of a version that was published again."""
-        for found in self._versions():
-            if found.name == written.name and found.path != written.path:
-                found.path.unlink(missing_ok=True)
-        for name, path in self._deltas():
-            if name == written.name:
-                path.unlink(missing_ok=True)
-
-    def _retire(self, leaving: list[_Version]) -> Space | None:
-        """Take the oldest version that leaves out of sight, and its space if nobody holds it."""
-        if not leaving:
+        file = self._versions.delta(name, held)
+        if file is None:
             return None
-        space = Space.take(leaving[-1].path)
-        if space is None:
-            leaving[-1].path.unlink(missing_ok=True)  # who holds it keeps it until done
-        return space
-
-    # What comes.
+        try:
+            layout, tensors = map_privately(file)
+        except FileNotFoundError:
+            return None
+        checksum = layout.metadata.get("checksum")
+        if checksum is None:
+            raise BadFrame(f"{file} has no checksum")
+        return WeightsDelta.of_tensors(tensors, checksum)
 
     def _base_of_delta(
         self, layout: Layout, stack: ExitStack
@@ -307,15 +319,10 @@ class WeightsDirectory:
             return None
         return borrowed.tensors if same_layout(borrowed.layout.places, layout.places) else None
 
-    def _write(
-        self,
-        name: VersionName,
-        base: VersionName | None,
-        layout: Layout,
-        tensors: "Mapping[str, torch.Tensor]",
-        reused: Space | None,
-        before: "Mapping[str, torch.Tensor] | None",
-    ) -> tuple[Path, WeightsDelta | None]:
+    def _make_room(
+        self, layout: Layout, reused: Space | None
+    ) -> "tuple[Space, Mapping[str, torch.Tensor]]":
+        """A file of this layout in the first directory that has room for it."""
         problems = []
         for path in self.paths:
             path.mkdir(parents=True, exist_ok=True)
@@ -325,46 +332,26 @@ class WeightsDirectory:
                 problems.append(f"{path} has {free} bytes")
                 continue
             space = reused if reused is not None and here else Space.make(path)
-            target = path / _file_name(name, base)
             try:
-                delta = self._fill(space, layout, tensors, before)
-                space.become(target)
+                return space, space.hold(layout, self._written)
             except OSError as error:
+                space.drop()
                 if error.errno != errno.ENOSPC:
                     raise
                 problems.append(f"{path} ran full")
-                continue
-            finally:
+            except BaseException:
                 space.drop()
-            return target, delta
+                raise
         raise ChannelError(
             f"no room for {layout.size_bytes} bytes of weights: {', '.join(problems)}; "
             "free space there, or keep fewer versions"
         )
 
-    def _fill(
-        self,
-        space: Space,
-        layout: Layout,
-        tensors: "Mapping[str, torch.Tensor]",
-        before: "Mapping[str, torch.Tensor] | None",
-    ) -> WeightsDelta | None:
-        """Copy the tensors into the file, comparing them with the version before if there is one."""
-        written = space.hold(layout, self._written)
-        comparison = Comparison(layout.size_bytes) if before is not None else None
-        for name in layout.places:  # the order of the file
-            written[name].copy_(tensors[name].detach())
-            if comparison is not None and before is not None:
-                comparison.add(name, written[name], before[name])
-        if comparison is None or not comparison.worthwhile:
-            return None
-        return comparison.delta(written)
-
-    def _write_delta(self, version: _Version, base: VersionName, delta: WeightsDelta) -> int:
+    def _write_delta(self, version: Version, base: VersionName, delta: WeightsDelta) -> int:
         """Put the delta beside its version; its size. 0 when there is no room: it is not needed."""
-        metadata = {**_metadata(version.name, base), "checksum": delta.checksum}
+        said = {**metadata(version.name, base), "checksum": delta.checksum}
         tensors = delta.tensors()
-        layout = lay_out(tensors, metadata)
+        layout = lay_out(tensors, said)
         directory = version.path.parent
         if _free_bytes(directory) < layout.size_bytes + SPARE_BYTES:
             return 0
@@ -373,7 +360,7 @@ class WeightsDirectory:
             written = space.hold(layout, Mappings(writable=True))
             for name, tensor in tensors.items():
                 written[name].copy_(tensor)
-            space.become(directory / f"delta-{_text(version.name)}-from-{_text(base)}.safetensors")
+            space.become(directory / delta_file(version.name, base))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -381,23 +368,6 @@ class WeightsDirectory:
         finally:
             space.drop()
         return layout.size_bytes
-
-
-def _text(name: VersionName) -> str:
-    return f"{name[0]:06d}-{name[1]:010d}"
-
-
-def _file_name(name: VersionName, base: VersionName | None) -> str:
-    if base is None:
-        return f"weights-{_text(name)}.safetensors"
-    return f"adapter-{_text(name)}-on-{_text(base)}.safetensors"
-
-
-def _metadata(name: VersionName, base: VersionName | None) -> dict[str, str]:
-    metadata = {"run_attempt": str(name[0]), "policy_version": str(name[1])}
-    if base is not None:
-        metadata |= {"base_run_attempt": str(base[0]), "base_policy_version": str(base[1])}
-    return metadata
 
 
 def _free_bytes(path: Path) -> int:

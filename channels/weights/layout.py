@@ -8,7 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
@@ -50,6 +50,21 @@ class Place(NamedTuple):
     size_bytes: int
 
 
+class Sized(Protocol):
+    """A tensor, or what stands for one that is not here."""
+
+    @property
+    def dtype(self) -> "torch.dtype": ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def element_size(self) -> int: ...
+
+
 class Layout(NamedTuple):
     """A file's header and what it says."""
 
@@ -65,7 +80,7 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
-def lay_out(tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]) -> Layout:
+def lay_out(tensors: Mapping[str, Sized], metadata: Mapping[str, str]) -> Layout:
     """The file that holds these tensors. Raises ValueError for one that safetensors cannot hold."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     entries: dict[str, object] = {"__metadata__": dict(metadata)}

@@ -312,7 +312,7 @@ def test_how_weights_were_published_is_told(run: Run, tmp_path: Path, variant: s
             assert differ(play.directory.load(0, 0), play.directory.load(0, 1))
             engine = play.stage.actor.engine
             for name, tensor in engine.weights():
-                assert play.directory.load(0, 1)[name].equal(tensor)
+                assert play.directory.load(0, 1)[name].equal(tensor.bfloat16())
 
     run(main)
 
@@ -574,8 +574,9 @@ def test_a_damaged_commit_is_named(run: Run, tmp_path: Path) -> None:
 class FakeEngine:
     """Stands for a rank's engine where the test is about what ranks are told."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
         self.calls: list[Any] = []
+        self.rank = rank
 
     def begin_step(self) -> None:
         self.calls.append("begin_step")
@@ -588,7 +589,8 @@ class FakeEngine:
         return {"loss": 0.0, "grad_norm": 1.0}
 
     def weights(self) -> Any:
-        return iter([("w", torch.zeros(1))])
+        # Really those of all ranks are equal; here it is to be seen who wrote what.
+        return iter([(f"w.{i}", torch.full((3,), float(self.rank))) for i in range(4)])
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"w": torch.zeros(1)}
@@ -612,7 +614,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> dict[int, FakeEngine]:
     made: dict[int, FakeEngine] = {}
 
     def build(spec: Any, config: JobConfig) -> FakeEngine:
-        return made.setdefault(spec.rank, FakeEngine())
+        return made.setdefault(spec.rank, FakeEngine(spec.rank))
 
     monkeypatch.setattr(building, "build_engine", build)
     return made
@@ -649,6 +651,8 @@ def test_ranks_share_a_step(run: Run, tmp_path: Path, engines: dict[int, FakeEng
                     one.tell(other.introduction)
                 await play.conductor.take(WeightsPublished)
                 assert engines[1].calls == ["load_state"]
+                written = play.directory.load(0, 0)
+                assert sorted(float(w.mean()) for w in written.values()) == [0.0, 0.0, 1.0, 1.0]
                 groups = [make_group(group) for group in range(4)]
                 await play.deliver(*groups)
                 play.admit(0, 0, 1, 2, 3, last=True)

@@ -55,7 +55,7 @@ def models(draw: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], dict[
     return shapes, sides[0], sides[1]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(models())
 def test_every_receiver_gets_exactly_its_slices(model: Any) -> None:
     """Bit for bit what slicing the whole tensor gives, each byte once: bytes sent are bytes needed."""
@@ -82,7 +82,7 @@ def test_every_receiver_gets_exactly_its_slices(model: Any) -> None:
     assert transfers == plan(sources, receivers, dict.fromkeys(shapes, 4))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data(), st.lists(st.integers(1, 5), max_size=3).map(tuple))
 def test_what_is_left_of_a_box_and_the_common_part_make_it_up(data: Any, shape: Any) -> None:
     """Every element is in exactly one of them."""

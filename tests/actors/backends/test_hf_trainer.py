@@ -356,18 +356,18 @@ def test_the_learning_rate_rises_linearly():
 
 
 def test_weights_go_by_hugging_face_names_with_ties_once():
-    """In the dtype that is published; a generation engine takes them as they are."""
+    """The masters, not a copy; a generation engine takes them as they are."""
     model = qwen(torch.float32)
     trainer = HFTrainingEngine(
         model,
         algorithm=registry.find("grpo"),
         algorithm_config=AlgorithmConfig(),
         config=TRAINER,
-        publish_dtype=torch.bfloat16,
     )
     weights = dict(trainer.weights())
     assert "lm_head.weight" not in weights
-    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    parameters = dict(model.named_parameters())
+    assert all(weights[name].data_ptr() == p.data_ptr() for name, p in parameters.items())
     sampler = HFGenerationEngine(
         qwen(torch.float32), max_running=1, max_context_tokens=8, pad_token=0
     )
