@@ -160,6 +160,12 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
         f"gives zero advantage everywhere, so nothing is learned: {config.algorithm.name} compares the "
         "samples of one prompt; use 2 or more",
     )
+    require(
+        not (config.algorithm.dynamic_sampling and rollout.group_size == 1),
+        "algorithm",
+        "dynamic_sampling",
+        "leaves every group of one sample out, so nothing would be trained: set rollout.group_size to 2 or more",
+    )
     broken = broken_rule(config.algorithm)
     if broken is not None:
         require(False, "algorithm", *broken)

@@ -108,6 +108,18 @@ class AlgorithmConfig(Section, frozen=True, kw_only=True):
     """In the "loss" (GRPO, section 4.1.1) or subtracted from the "reward" of each token (InstructGPT,
     arXiv:2203.02155, section 3.5), there under the policy that sampled."""
 
+    # Which groups are trained on.
+    dynamic_sampling: bool | None = None
+    """Leave out groups whose samples all have one reward, as they have no advantage, and sample others in their place
+    until the step's batch is full (DAPO, section 3.2, equation 11)."""
+    filter_range: tuple[float, float] | None = None
+    """[lowest, highest] mean of a group; others are left out too and sampled anew. Left out: any mean will do."""
+    filter_key: str = "reward"
+    """What filter_range is about: the "reward", or a number that the task gives with its episodes, as "correct"."""
+    max_sampling_rounds: Annotated[int, Meta(ge=0)] = 10
+    """Groups sampled for a step, in multiples of groups_per_step, before the job commits and fails: its prompts teach
+    nothing. 10 is what DAPO's own runs allow; 0 is no limit."""
+
     # What rewards are made of.
     overlong_max_tokens: Annotated[int, Meta(ge=0)] = 0
     """Answers longer than this lose 1 (soft overlong punishment: DAPO, section 3.4, equation 13); 0 leaves it out."""
@@ -138,11 +150,12 @@ COMMON: dict[str, Any] = {
     "correction": "none",
     "kl_estimator": "k3",
     "kl_place": "loss",
+    "dynamic_sampling": False,
 }
 PAPERS: dict[str, Paper] = {
     "grpo": Paper(settings={"normalization": "group"}),
     "dr_grpo": Paper(settings={"loss_aggregation": "sum"}),
-    "dapo": Paper(settings={"normalization": "group", "clip_high": 0.28}),
+    "dapo": Paper(settings={"normalization": "group", "clip_high": 0.28, "dynamic_sampling": True}),
     "rloo": Paper(settings={"loss_aggregation": "sum", "kl_estimator": "k1", "kl_place": "reward"}),
     "reinforce_pp": Paper(
         settings={"normalization": "batch", "kl_estimator": "k1", "kl_place": "reward"},
@@ -211,6 +224,13 @@ def broken_rule(config: AlgorithmConfig) -> tuple[str, str] | None:
         )
     if given.proximal is not None and config.name == "rloo":
         return "proximal", "is not read by rloo, whose loss has no ratio; leave it out"
+    if config.filter_range is not None and config.filter_range[0] > config.filter_range[1]:
+        return "filter_range", "is empty: the lowest mean comes first, as in [0.1, 0.9]"
+    if given.filter_key != "reward" and config.filter_range is None:
+        return (
+            "filter_key",
+            "is not read without filter_range; give the range too, as in [0.1, 0.9]",
+        )
     if 0 < config.overlong_max_tokens < config.overlong_cache_tokens:
         return "overlong_max_tokens", (
             f"is below overlong_cache_tokens = {config.overlong_cache_tokens}, over which the penalty "

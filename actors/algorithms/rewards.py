@@ -1,6 +1,4 @@
-"""What is taken off a reward before advantages: the soft overlong punishment. And which groups can teach anything."""
-
-from collections.abc import Sequence
+"""What is taken off a reward before advantages: the soft overlong punishment."""
 
 import torch
 from torch import Tensor
@@ -18,9 +16,3 @@ def soft_overlong_penalty(lengths: Tensor, config: AlgorithmConfig) -> Tensor:
         return torch.zeros(len(lengths), dtype=torch.float64)
     allowed = config.overlong_max_tokens - config.overlong_cache_tokens
     return ((allowed - lengths.double()) / config.overlong_cache_tokens).clamp(-1.0, 0.0)
-
-
-def can_teach(returns: Sequence[float]) -> bool:
-    """Whether a group's samples differ, so that comparing them says something (dynamic sampling: DAPO, section 3.2,
-    equation 11, for any rewards)."""
-    return len(returns) > 0 and min(returns) != max(returns)

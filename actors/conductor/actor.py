@@ -8,14 +8,19 @@ back to its last commit: a new run attempt begins, and whatever the commit does 
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from actors.actor import Actor
+from actors.conductor.batches import Batch, Batches, Decision
+from actors.conductor.filtering import GroupFilter
 from actors.conductor.guards import Guards, no_progress
 from actors.conductor.issuing import Issue, Issuer
 from actors.conductor.ledger import Ledger
 from actors.conductor.manifest import newest_manifest
 from actors.conductor.metrics import MetricsWriter
+from actors.conductor.step_line import StageSeconds, step_line
+from actors.errors import ActorError
 from actors.randomness import fold
 from channels.lifecycle import FLOWD, HandedOver, HandOver, Introduce, JobFinished
 from channels.messages import Message
@@ -40,7 +45,7 @@ SEED_OF_GROUP = 1  # purpose of the key that makes a group's seed
 
 
 class ConductorActor(Actor):
-    """See the module docstring. Everything it decides is in `issuing` and `guards`."""
+    """See the module docstring. Everything it decides is in `issuing`, `batches`, `filtering` and `guards`."""
 
     async def setup(self) -> None:
         """Open the ledger and bring it in line with the newest manifest."""
@@ -50,9 +55,15 @@ class ConductorActor(Actor):
             max_staleness=config.max_staleness,
             steps=config.steps,
         )
+        self.batches = Batches(
+            self.issuer,
+            GroupFilter(self.config.algorithm, config.groups_per_step),
+            deterministic=config.deterministic,
+        )
         self.tickets = self.router.producer(
             "tickets",
-            bound=config.groups_per_step * (config.max_staleness + 1),
+            # Twice the seats: a new group may be issued before the ticket of the filtered one is acknowledged.
+            bound=2 * config.groups_per_step * (config.max_staleness + 1),
             epoch=self.spec.epoch,
         )
         self.guards = Guards(self.config.guards)
@@ -63,7 +74,6 @@ class ConductorActor(Actor):
         self.trainer: Introduce | None = None
         self.newest: WeightsPublished | None = None
         self.run_attempt = -1  # the first BeginRun makes it 0, or one more than the ledger knows
-        self.received: dict[int, GroupReceived] = {}
         self.rewards: list[float] = []  # mean reward of each step, for stop_reward
         self.ended: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self.finishing: tuple[str, str] | None = None  # waits for the last commit
@@ -71,8 +81,7 @@ class ConductorActor(Actor):
         self.handed_over = False
         self.progress = asyncio.Event()
         self.step_began = time.monotonic()
-        self.stage_seconds: dict[str, dict[str, float]] = {}  # actor → cumulative seconds by name
-        self.stage_seen: dict[str, dict[str, float]] = {}
+        self.stage_seconds = StageSeconds()
         self.calls: dict[str, InCall] = {}  # answers to AskCall
         self.called = asyncio.Event()
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
@@ -128,13 +137,13 @@ class ConductorActor(Actor):
                 case WeightsPublished():
                     await self._published(message)
                 case GroupReceived():
-                    self._group_received(message)
+                    await self._group_received(message)
                 case StepDone():
                     await self._step_done(message)
                 case Committed():
                     await self._committed(message)
                 case StageTimes():
-                    self.stage_seconds[sender] = message.seconds
+                    self.stage_seconds.told[sender] = message.seconds
                 case HandOver():
                     self.handing_over, self.handed_over = message.replica, False
                     if self.finishing is None and not self.issuer.has_arrived(self.issuer.version):
@@ -154,7 +163,7 @@ class ConductorActor(Actor):
         begun_before = self.run_attempt >= 0
         self.run_attempt = max(self.run_attempt, self.ledger.last_run_attempt()) + 1
         rolled_back = self.ledger.reconcile(manifest, self.run_attempt)
-        self.received.clear()
+        self.batches.clear()
         self.tickets.cancel(lambda pending: True)
         if begun_before:
             del self.rewards[len(self.rewards) - (self.issuer.version - ready.step) :]
@@ -194,10 +203,12 @@ class ConductorActor(Actor):
             await self._issue()
 
     async def _issue(self) -> None:
-        """Issue what the policy clock allows."""
-        if self.finishing is not None or self.handing_over is not None:
+        """Issue what the policy clock allows; while handing over, only what a step that has begun still lacks."""
+        if self.finishing is not None:
             return
-        issues = self.issuer.due()
+        if self.handing_over is not None and not self.issuer.has_arrived(self.issuer.version):
+            return
+        issues = self.issuer.due(ahead=self.handing_over is None)
         if not issues:
             return
         attempts = self.ledger.issue_many(
@@ -226,7 +237,7 @@ class ConductorActor(Actor):
             "group_size": self.config.rollout.group_size,
         }
 
-    def _group_received(self, message: GroupReceived) -> None:
+    async def _group_received(self, message: GroupReceived) -> None:
         step = None
         if message.run_attempt == self.run_attempt and self.ledger.complete(
             message.group,
@@ -240,14 +251,35 @@ class ConductorActor(Actor):
         if step is None:
             self._tell_trainer(Drop(group=message.group, attempt=message.attempt))
             return
-        self.received[message.group] = message
-        if not self.config.job.deterministic:
-            self._admit([message.group], step)
-        elif self.issuer.is_full(step):
-            groups = [group for group in self.received if self.issuer.seat(group) == step]
-            self._admit(sorted(groups), step)
+        try:
+            decision = self.batches.arrived(message, step)
+        except ActorError as error:
+            self._end("failed", str(error))
+        else:
+            await self._carry_out(decision, step)
 
-    def _admit(self, groups: list[int], step: int) -> None:
+    async def _carry_out(self, decision: Decision, step: int) -> None:
+        if decision.admitted:
+            self._admit(decision.admitted, step)
+        if not decision.filtered:
+            return
+        for group in decision.filtered:
+            self.ledger.discard(group.group, group.attempt, "filtered", step=step)
+            self._tell_trainer(Drop(group=group.group, attempt=group.attempt))
+        out = {group.group for group in decision.filtered}
+        # A ticket whose env actor died after delivering is played for nothing.
+        self.tickets.cancel(lambda pending: pending.payload["group"] in out)
+        exhausted = self.batches.exhausted(step)
+        if self.finishing is not None:
+            return
+        if exhausted is not None:
+            self._finish("failed", exhausted)
+        elif self.handing_over is not None and not self.issuer.has_arrived(self.issuer.version):
+            self._pause_trainer()  # nothing is left of the step that it was to complete before
+        else:
+            await self._issue()
+
+    def _admit(self, groups: Sequence[GroupReceived], step: int) -> None:
         """Let the trainer have groups of a step; the last one closes the step."""
         every = self.config.checkpoint.every_steps
         commit = (step + 1) % every == 0
@@ -255,11 +287,11 @@ class ConductorActor(Actor):
         for order, group in enumerate(groups):
             self._tell_trainer(
                 Admit(
-                    group=group,
-                    attempt=self.received[group].attempt,
+                    group=group.group,
+                    attempt=group.attempt,
                     step=step,
                     order=order,
-                    last=full and group == groups[-1],
+                    last=full and group is groups[-1],
                     commit=commit,
                 )
             )
@@ -268,17 +300,17 @@ class ConductorActor(Actor):
         if message.run_attempt != self.run_attempt:
             return
         groups = self.issuer.advance(message.policy_version)
-        received = [self.received.pop(group) for group in groups]
+        batch = self.batches.close(message.step)
         self.ledger.train(groups, message.step)
         # A ticket of a trained group (its env actor died after delivering) is played for nothing.
         self.tickets.cancel(lambda pending: pending.payload["step"] <= message.step)
         self.progress.set()
-        rewards = [reward for group in received for reward in group.rewards]
-        line = self._metrics_line(message, received, rewards)
+        line = self._line(message, batch)
         self.rewards.append(line["reward_mean"])
         await self.blocking(self.metrics.write, line)
         self._tell_trainer(StepRecorded(run_attempt=self.run_attempt, step=message.step))
         self.event("step", **line)
+        rewards = [reward for group in batch.sampled for reward in group.rewards]
         stopped = self.guards.check(message.metrics, rewards)
         if stopped is not None:
             self._end("failed", stopped)
@@ -301,55 +333,19 @@ class ConductorActor(Actor):
             self._pause_trainer()
         else:
             await self._issue()
+            await self._carry_out(self.batches.decide(self.issuer.version), self.issuer.version)
 
-    def _metrics_line(
-        self, message: StepDone, received: list[GroupReceived], rewards: list[float]
-    ) -> dict[str, Any]:
+    def _line(self, message: StepDone, batch: Batch) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self.step_began = now - self.step_began, now
-        tokens = sum(group.tokens for group in received)
-        lags = [message.step - group.min_version for group in received]
-        mean = sum(rewards) / max(len(rewards), 1)
-        variance = sum((reward - mean) ** 2 for reward in rewards) / max(len(rewards), 1)
-        line: dict[str, Any] = {
-            "step": message.step,
-            "policy_version": message.policy_version,
-            "attempt": self.run_attempt,
-            "time": round(time.time(), 3),
-            "reward_mean": round(mean, 6),
-            "reward_std": round(variance**0.5, 6),
-            "staleness_max": max(lags, default=0),
-            "staleness_mean": round(sum(lags) / max(len(lags), 1), 4),
-            "groups": len(received),
-            "group_ids": [group.group for group in received],
-            "samples": len(rewards),
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-            "seconds": round(seconds, 4),
-        }
-        for key in sorted({key for group in received for key in group.info}):
-            values = [group.info[key] for group in received if key in group.info]
-            line[f"info_{key}"] = round(sum(values) / len(values), 6)
-        line.update(message.metrics)
-        if message.weights_variant is not None:
-            line["weights_variant"] = message.weights_variant
-        line.update(self._stage_times())
-        return line
+        line = step_line(
+            message, batch, run_attempt=self.run_attempt, now=time.time(), seconds=seconds
+        )
+        return line | self.stage_seconds.since_last(self._kind_of)
 
-    def _stage_times(self) -> dict[str, float]:
-        """Seconds since the last step, summed over the actors of a kind: "rollout_work_s", "env_wait_tickets_s", …"""
-        times: dict[str, float] = {}
-        for actor, seconds in self.stage_seconds.items():
-            peer = self.peers.get(actor)
-            kind = peer.kind if peer is not None else actor.rpartition("/")[2].partition("-")[0]
-            seen = self.stage_seen.get(actor, {})
-            for name, value in seconds.items():
-                key = f"{kind}_{name}_s"
-                before = seen.get(name, 0.0)
-                since = value - before if value >= before else value  # restarted: counts anew
-                times[key] = round(times.get(key, 0.0) + since, 4)
-            self.stage_seen[actor] = seconds
-        return times
+    def _kind_of(self, actor: str) -> str:
+        peer = self.peers.get(actor)  # None: it is gone since
+        return peer.kind if peer is not None else actor.rpartition("/")[2].partition("-")[0]
 
     async def _committed(self, message: Committed) -> None:
         if message.run_attempt != self.run_attempt:

@@ -51,10 +51,13 @@ class Issuer:
         self._seated.clear()
         self._completed.clear()
 
-    def due(self) -> list[Issue]:
-        """Groups that may be issued now, in order; they count as issued from here on."""
+    def due(self, *, ahead: bool = True) -> list[Issue]:
+        """Groups that may be issued now, in order; they count as issued from here on.
+
+        ahead: also for the steps after the next one
+        """
         issues = []
-        last_step = min(self.version + self.max_staleness, self.steps - 1)
+        last_step = min(self.version + self.max_staleness * ahead, self.steps - 1)
         for step in range(self.version, last_step + 1):
             while self._seated.get(step, 0) < self.groups_per_step:
                 if self._reissue:

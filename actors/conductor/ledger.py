@@ -148,18 +148,19 @@ class Ledger:
                         "that are completed, each once"
                     )
 
-    def discard(self, group: int, attempt: int, reason: str) -> bool:
+    def discard(self, group: int, attempt: int, reason: str, *, step: int | None = None) -> bool:
         """This attempt will not be trained: "filtered", "stale" or "cancelled".
 
+        step: the one that it was filtered out of, and is rolled back with
         False, and nothing changed, if it is not the current one or has ended. Raises LedgerError
         for a group that was trained, and for another reason.
         """
         row = self._current(group)
         if row is None or row["attempt"] != attempt:
             return False
-        return self.discard_current(group, reason)
+        return self.discard_current(group, reason, step=step)
 
-    def discard_current(self, group: int, reason: str) -> bool:
+    def discard_current(self, group: int, reason: str, *, step: int | None = None) -> bool:
         """As `discard`, for whichever attempt is the current one; also for one rolled back."""
         if reason not in REASONS:
             raise LedgerError(f"discard reason {reason!r}: use one of {', '.join(REASONS)}")
@@ -172,9 +173,9 @@ class Ledger:
                 "be discarded"
             )
         self._run(
-            "UPDATE groups SET state = 'discarded', reason = ?, ended_at = ? "
+            "UPDATE groups SET state = 'discarded', reason = ?, step = ?, ended_at = ? "
             "WHERE group_index = ? AND attempt = ?",
-            (reason, self._clock(), group, row["attempt"]),
+            (reason, step, self._clock(), group, row["attempt"]),
         )
         return True
 
@@ -226,7 +227,9 @@ class Ledger:
         """Begin a run attempt at a commit, or at the beginning: the ledger says what that says.
 
         Groups in the manifest are trained, even where the ledger missed it; everything else that
-        was issued, completed or trained is rolled back. Returns the groups rolled back, ascending.
+        was issued, completed or trained is rolled back, and what was filtered out of the steps that
+        the manifest does not contain: other weights may find it worth training on. Returns the
+        groups rolled back, ascending.
         Raises LedgerError for a run attempt that is not above all earlier ones.
         """
         last = self.last_run_attempt()
@@ -252,12 +255,13 @@ class Ledger:
         rolled_back = []
         seen = set()
         rows = self._db.execute(
-            f"SELECT group_index, attempt, state, step FROM groups AS g WHERE {_CURRENT} "
+            f"SELECT group_index, attempt, state, reason, step FROM groups AS g WHERE {_CURRENT} "
             "ORDER BY group_index"
         ).fetchall()
         for row in rows:
             group, key = row["group_index"], (row["group_index"], row["attempt"])
             seen.add(group)
+            filtered = row["state"] == "discarded" and row["reason"] == "filtered"
             if group in committed:
                 if row["state"] != "trained" or row["step"] > last_step:
                     # The ledger missed the step; the last one it can have been is the commit's.
@@ -266,7 +270,7 @@ class Ledger:
                         "ended_at = ? WHERE group_index = ? AND attempt = ?",
                         (last_step, self._clock(), *key),
                     )
-            elif row["state"] in LIVE:
+            elif row["state"] in LIVE or (filtered and (row["step"] or 0) > last_step):
                 rolled_back.append(group)
                 self._db.execute(
                     "UPDATE groups SET state = 'rolled_back', ended_at = ? "

@@ -741,10 +741,244 @@ def test_times_of_a_restarted_actor_are_not_negative(run: Run, tmp_path: Path) -
             await play.whole_step()
             play.env.endpoint.send(play.stage.spec.peer, StageTimes(seconds={"work": 0.5}))
             await play.stage.until(
-                lambda: play.stage.actor.stage_seconds[f"{JOB}/env-0"]["work"] == 0.5
+                lambda: play.stage.actor.stage_seconds.told[f"{JOB}/env-0"]["work"] == 0.5
             )
             await play.whole_step()
             await play.stage.heard(JobEvent, 4)  # a step and a commit each
             assert [line["env_work_s"] for line in play.steps()] == [10.0, 0.5]
+
+    run(main)
+
+
+FILTERED = {"algorithm": {"dynamic_sampling": True, "max_sampling_rounds": 3}}
+
+
+def state(play: Play, group: int) -> tuple[int, str] | None:
+    with Ledger(play.stage.run_dir / "ledger.sqlite") as ledger:
+        return ledger.current(group)
+
+
+def test_a_group_that_teaches_nothing_makes_way_for_another(run: Run, tmp_path: Path) -> None:
+    """Its samples have one reward: it is dropped, its seat goes to a new index at once, and the metrics tell."""
+
+    async def main() -> None:
+        async with Play(tmp_path, conductor_config(**FILTERED)) as play:
+            await play.trainer_comes()
+            one, two = await play.take(2)
+            play.delivered(one.payload, reward=0.0)
+            (three,) = await play.take(1)
+            assert (three.payload["group"], three.payload["step"]) == (2, 0)
+            await play.trainer.take(Drop)
+            assert state(play, 0) == (0, "discarded")
+            play.delivered(two.payload)
+            play.delivered(three.payload)
+            admits = await play.take_admits(2)
+            assert [(admit.group, admit.last) for admit in admits] == [(1, False), (2, True)]
+            for item in (one, two, three):
+                item.ack()
+            await play.step_done([1, 2])
+            await play.take(2)
+            (line,) = play.steps()
+            assert line["group_ids"] == [1, 2]
+            assert (line["groups"], line["groups_sampled"]) == (2, 3)
+            assert line["filtered_share"] == pytest.approx(1 / 3, abs=1e-6)
+            assert line["useful_share"] == 1.0
+            # Over everything that was sampled: 0, 0 | 1, 0 | 1, 0.
+            assert line["reward_mean"] == pytest.approx(1 / 3, abs=1e-6)
+            assert line["info_correct"] == pytest.approx(2 / 3, abs=1e-6)
+            found = audit(play.stage.run_dir)
+            assert found.ok, found.problems
+            assert found.counts["discarded_filtered"] == 1
+
+    run(main)
+
+
+def test_without_a_filter_the_useless_are_counted(run: Run, tmp_path: Path) -> None:
+    """All groups are trained, and the metrics say how many of them teach anything."""
+
+    async def main() -> None:
+        async with Play(tmp_path, conductor_config()) as play:
+            await play.trainer_comes()
+            for item, reward in zip(await play.take(2), (0.0, 1.0), strict=True):
+                play.delivered(item.payload, reward=reward)
+                item.ack()
+            await play.take_admits(2)
+            await play.step_done([0, 1])
+            await play.take(2)
+            (line,) = play.steps()
+            assert (line["groups_sampled"], line["filtered_share"]) == (2, 0.0)
+            assert line["useful_share"] == 0.5
+
+    run(main)
+
+
+def test_a_deterministic_job_filters_in_rounds(run: Run, tmp_path: Path) -> None:
+    """Nothing is decided before all seats of the next step have their group; replacements go by index."""
+
+    async def main() -> None:
+        config = conductor_config(
+            job={"groups_per_step": 3, "deterministic": True, "max_staleness": 1}, **FILTERED
+        )
+        async with Play(tmp_path, config) as play:
+            await play.trainer_comes()
+            items = await play.take(6)
+            tickets = {item.payload["group"]: item.payload for item in items}
+            for item in items:
+                item.ack()
+            for group in (5, 4, 3):  # all of step 1: its turn has not come
+                play.delivered(tickets[group], reward=0.0 if group == 4 else 1.0)
+            play.delivered(tickets[2], reward=0.0)
+            play.delivered(tickets[0], reward=0.0)
+            play.delivered(tickets[1])
+            again = await play.take(2)
+            assert [(i.payload["group"], i.payload["step"]) for i in again] == [(6, 0), (7, 0)]
+            assert not play.trainer.of(Admit)
+            for item in reversed(again):
+                play.delivered(item.payload)
+                item.ack()
+            admits = await play.take_admits(3)
+            assert [admit.group for admit in admits] == [1, 6, 7]
+            await play.step_done([1, 6, 7])
+            later = [item.payload for item in await play.take(4)]
+            assert sorted((t["group"], t["step"]) for t in later) == [
+                *((8, 2), (9, 2), (10, 2)),
+                (11, 1),  # in place of 4, after the indices that the policy clock gave
+            ]
+
+    run(main)
+
+
+def test_what_was_filtered_out_of_a_lost_step_is_sampled_again(run: Run, tmp_path: Path) -> None:
+    """The commit does not contain the step, and other weights may find the group worth training on."""
+
+    async def main() -> None:
+        config = conductor_config(checkpoint={"every_steps": 2}, **FILTERED)
+        async with Play(tmp_path, config) as play:
+            await play.trainer_comes()
+            first = await play.take(2)
+            play.delivered(first[0].payload, reward=0.0)
+            (third,) = await play.take(1)
+            play.delivered(first[1].payload)
+            play.delivered(third.payload)
+            await play.take_admits(2)
+            for item in (*first, third):
+                item.ack()
+            await play.step_done([1, 2], commit=False)
+            await play.take(2)
+            play.trainer_dies()
+            await play.trainer_comes(epoch=1)
+            again = [item.payload for item in await play.take(2)]
+            assert [(t["group"], t["attempt"]) for t in again] == [(0, 1), (1, 1)]
+            found = audit(play.stage.run_dir)
+            assert found.ok, found.problems
+
+    run(main)
+
+
+def test_what_was_filtered_before_a_commit_stays_out(run: Run, tmp_path: Path) -> None:
+    """Its step is in the weights, with others in its place."""
+
+    async def main() -> None:
+        async with Play(tmp_path, conductor_config(**FILTERED)) as play:
+            await play.trainer_comes()
+            first = await play.take(2)
+            play.delivered(first[0].payload, reward=0.0)
+            (third,) = await play.take(1)
+            play.delivered(first[1].payload)
+            play.delivered(third.payload)
+            await play.take_admits(2)
+            for item in (*first, third):
+                item.ack()
+            await play.step_done([1, 2])
+            await play.take(2)
+            play.trainer_dies()
+            await play.trainer_comes(epoch=1)
+            assert [item.payload["group"] for item in await play.take(2)] == [3, 4]
+            assert state(play, 0) == (0, "discarded")
+
+    run(main)
+
+
+def test_a_step_that_cannot_be_filled_ends_the_job_after_a_commit(run: Run, tmp_path: Path) -> None:
+    """Three rounds of two groups: the fifth that is filtered out is one too many."""
+
+    async def main() -> None:
+        async with Play(tmp_path, conductor_config(**FILTERED)) as play:
+            await play.trainer_comes()
+            items = await play.take(2)
+            for _ in range(5):
+                item = items.pop(0)
+                play.delivered(item.payload, reward=0.0)
+                item.ack()
+                if len(play.trainer.of(Drop)) < 4:
+                    items += await play.take(1)
+            await play.trainer.take(CommitAndPause)
+            play.say_committed()
+            finished = await play.stage.heard(JobFinished)
+            assert finished.state == "failed"
+            assert "step 0 had 5 groups filtered out" in finished.reason
+            assert "always 0" in finished.reason
+
+    run(main)
+
+
+def test_hands_over_a_step_that_has_to_be_sampled_again(run: Run, tmp_path: Path) -> None:
+    """The step that has begun gets its replacements, the next one gets nothing."""
+
+    async def main() -> None:
+        config = conductor_config(job={"max_staleness": 1}, **FILTERED)
+        async with Play(tmp_path, config) as play:
+            await play.trainer_comes()
+            items = await play.take(4)
+            play.delivered(items[0].payload)
+            await play.take_admits(1)
+            play.stage.tell(HandOver(replica="trainer-0"))
+            play.delivered(items[2].payload, reward=0.0)  # of step 1: nobody takes its seat now
+            play.delivered(items[1].payload, reward=0.0)
+            (again,) = await play.take(1)
+            assert (again.payload["group"], again.payload["step"]) == (4, 0)
+            play.delivered(again.payload)
+            await play.take_admits(1)
+            await play.step_done([0, 4], commit=False)
+            await play.trainer.take(CommitAndPause)
+            play.commit_on_disk()
+            play.say_committed()
+            await play.stage.heard(HandedOver)
+            assert play.tickets.get_nowait() is None
+
+    run(main)
+
+
+def test_hands_over_at_once_where_filtering_left_nothing(run: Run, tmp_path: Path) -> None:
+    """A deterministic step had arrived, so it was waited for; all of it is filtered out, so it has not begun."""
+
+    async def main() -> None:
+        config = conductor_config(job={"deterministic": True}, **FILTERED)
+        async with Play(tmp_path, config) as play:
+            await play.trainer_comes()
+            items = await play.take(2)
+            play.delivered(items[0].payload, reward=0.0)
+            play.delivered(items[0].payload, reward=0.0)
+            await play.trainer.take(Drop)  # the duplicate: the first one was taken in
+            play.stage.tell(HandOver(replica="trainer-0"))
+            play.delivered(items[1].payload, reward=0.0)
+            await play.trainer.take(CommitAndPause)
+            play.say_committed()
+            await play.stage.heard(HandedOver)
+
+    run(main)
+
+
+def test_a_filter_on_a_number_that_is_not_there_fails_the_job(run: Run, tmp_path: Path) -> None:
+    """The reason names the numbers that there are."""
+
+    async def main() -> None:
+        config = conductor_config(algorithm={"filter_range": [0, 1], "filter_key": "accuracy"})
+        async with Play(tmp_path, config) as play:
+            await play.trainer_comes()
+            play.delivered((await play.take(1))[0].payload)
+            finished = await play.stage.heard(JobFinished)
+            assert finished.state == "failed"
+            assert "use reward, correct" in finished.reason
 
     run(main)

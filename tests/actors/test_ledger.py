@@ -263,6 +263,24 @@ def test_going_back_to_an_older_checkpoint_takes_its_commits_back(run):
     assert problems(run) == ""
 
 
+def test_what_was_filtered_is_rolled_back_with_its_step(run):
+    """Out of a step that the manifest contains it stays out; out of a later one it is issued again."""
+    run.issue(0, 1, 2, 3)
+    for group in range(4):
+        run.complete(group)
+    assert run.ledger.discard(0, 0, "filtered", step=0)
+    run.ledger.train([1], 0)
+    run.commit(1, [1])
+    assert run.ledger.discard(2, 0, "filtered", step=1)
+    assert run.begin() == [2, 3]
+    assert run.begin() == [], "history is not rolled back twice"
+    assert run.ledger.open_groups() == [2, 3]
+    assert run.ledger.current(0) == (0, "discarded")
+    run.issue(2, 3)
+    assert run.attempts[2] == 1
+    assert audit(run.dir).ok
+
+
 def test_cancelled_groups_are_open_again_when_the_job_is_resumed(run):
     """The end of a job discards what is left; a resume plays it before new indices."""
     run.step(0, 0)

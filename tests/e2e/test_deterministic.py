@@ -22,7 +22,7 @@ def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def undisturbed(flowd: Flowd, bound: int, *changes: str) -> list[dict[str, Any]]:
     """The lines of a job that nothing happens to; run once for each set of changes."""
-    name = "-".join(["calm", str(bound), *(c.replace("=", "-") for c in changes)])
+    name = "-".join(["calm", str(bound), *(c.partition("=")[0] for c in changes)])
     if not flowd.run(name).root.exists():
         flowd.submit(name, *CHANGES, f"job.max_staleness={bound}", *changes)
         flowd.wait_done(name)
@@ -31,18 +31,28 @@ def undisturbed(flowd: Flowd, bound: int, *changes: str) -> list[dict[str, Any]]
     return numbers(lines)
 
 
-@pytest.mark.parametrize("bound", [0, 1])
-def test_killed_trainer_changes_no_number(flowd: Flowd, bound: int) -> None:
-    """What is sampled and trained again after a rollback is what it was."""
-    calm = undisturbed(flowd, bound)
-    name = f"killed-deterministic-{bound}"
-    flowd.submit(name, *CHANGES, f"job.max_staleness={bound}")
+# Of four answers about half are right: five of eight groups are sampled again.
+FILTERED = ("algorithm.dynamic_sampling=true", "algorithm.filter_range=[0.4, 0.6]")
+
+
+@pytest.mark.parametrize(
+    ("bound", "changes"), [(0, ()), (1, ()), (1, FILTERED)], ids=["0", "1", "1-filtered"]
+)
+def test_killed_trainer_changes_no_number(
+    flowd: Flowd, bound: int, changes: tuple[str, ...]
+) -> None:
+    """What is sampled and trained again after a rollback is what it was, and so is what is filtered out."""
+    calm = undisturbed(flowd, bound, *changes)
+    name = f"killed-deterministic-{bound}{'-filtered' * bool(changes)}"
+    flowd.submit(name, *CHANGES, f"job.max_staleness={bound}", *changes)
     flowd.wait_step(name, 8)
     kill(flowd.pid_of(name, "trainer-0"))
     flowd.wait_done(name)
     lines = flowd.check_done(name, steps=STEPS)
     assert lines[-1]["attempt"] == 1
     assert numbers(lines) == calm
+    if changes:
+        assert all(line["useful_share"] == 1.0 and line["filtered_share"] > 0 for line in lines)
 
 
 def test_flowd_and_actors_gone_then_resumed_changes_no_number(

@@ -148,10 +148,3 @@ def test_the_overlong_penalty_falls_over_the_cache():
     found = rewards.soft_overlong_penalty(torch.tensor([0, 6, 7, 8, 10, 50]), config)
     assert found.tolist() == [0, 0, -0.25, -0.5, -1, -1]
     assert not rewards.soft_overlong_penalty(torch.tensor([0, 999]), settings("dapo")).any()
-
-
-def test_a_group_can_teach_where_its_samples_differ():
-    """DAPO, equation 11, also for rewards that are not 0 or 1."""
-    assert rewards.can_teach([0, 1, 0])
-    assert rewards.can_teach([0.2, 0.1])
-    assert not any(map(rewards.can_teach, ([], [1.0], [0, 0, 0], [1, 1], [0.3] * 4)))

@@ -310,6 +310,8 @@ def test_scopes_follow_from_what_advantages_are_made_of():
             "overlong_max_tokens",
             "use more",
         ),
+        ({"filter_range": (0.9, 0.1)}, "filter_range", "lowest mean comes first"),
+        ({"filter_key": "correct"}, "filter_key", "give the range too"),
     ],
 )
 def test_knobs_that_do_not_go_together_are_told(changes: dict[str, Any], key: str, said: str):
