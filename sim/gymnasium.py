@@ -44,13 +44,13 @@ class Gymnasium(SimulatorSlots):
         if render:
             options["render_mode"] = "rgb_array"
         try:
-            from sim.gymnasium_simulator import GymnasiumSimulator
+            from sim.gymnasium_simulator import GymnasiumSimulator, open_environment
         except ModuleNotFoundError as error:
             raise MissingDependency(
                 "Gymnasium is not installed: pip install 'flowd[gymnasium]' where env actors run"
             ) from error
         super().__init__(
-            lambda: GymnasiumSimulator(id, options),
+            lambda: GymnasiumSimulator(open_environment(id, options)),
             num_slots,
             max_steps=max_steps,
             ignore_terminations=ignore_terminations,

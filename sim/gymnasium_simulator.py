@@ -20,10 +20,10 @@ SUCCESS_KEYS = ("success", "is_success")  # the keys of info that simulators use
 
 
 class GymnasiumSimulator:
-    """One plain environment. options: of gymnasium.make."""
+    """Plays in one environment, which does not reset by itself."""
 
-    def __init__(self, id: str, options: Mapping[str, Any]) -> None:
-        self._env = open_environment(id, options)
+    def __init__(self, env: Any) -> None:
+        self._env = env
         self.observation_space: ObservationSpace = _named_spaces(self._env.observation_space)
         self.action_space = _action_space(self._env.action_space)
 
