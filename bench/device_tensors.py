@@ -52,7 +52,7 @@ class Producer:
     def __init__(self, port: int, other: Connection) -> None:
         from channels.tensors.cuda_ipc import DeviceArena
         from channels.tensors.devices import CudaDevice
-        from channels.tensors.nccl import NcclLibrary, NcclLinks
+        from channels.tensors.nccl import NcclLinks
 
         self.gpu, self.port, self.other = CudaDevice(0), port, other
         self.arena = DeviceArena(self.gpu, size_bytes=2 * GIB)
@@ -64,7 +64,7 @@ class Producer:
         other.send(self.arena.offer())
         self.failed: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.links = NcclLinks(
-            "producer", NcclLibrary(self.gpu), lambda _, message: self.failed.put(message)
+            "producer", self.gpu.nccl(), lambda _, message: self.failed.put(message)
         )
 
     def lend(self, copy: bool) -> tuple[float, float]:
@@ -129,13 +129,13 @@ class Consumer:
     def __init__(self, port: int, other: Connection) -> None:
         from channels.tensors.cuda_ipc import DeviceViews
         from channels.tensors.devices import CudaDevice
-        from channels.tensors.nccl import NcclLibrary, NcclLinks
+        from channels.tensors.nccl import NcclLinks
 
         self.gpu, self.port, self.other = CudaDevice(0), port, other
         self.released = threading.Semaphore(0)
         self.views = DeviceViews(self.gpu, self.released.release)
         self.views.accept("producer", other.recv())
-        self.links = NcclLinks("consumer", NcclLibrary(self.gpu), lambda *_: None)
+        self.links = NcclLinks("consumer", self.gpu.nccl(), lambda *_: None)
 
     def open(self) -> bool:
         """Answer one `lend`. Whether what came is what was sent."""

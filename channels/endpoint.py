@@ -40,12 +40,8 @@ from channels.messages import Message
 from channels.sizes import size_bytes
 from channels.sockets import Connection, DealerConnection, DrainedSocket, Frame, Part
 from channels.streams import LocalConnection, LocalMailbox
-from channels.tensors.lending import (
-    DeviceAnswered,
-    DeviceLending,
-    DeviceMessage,
-    DeviceOffered,
-)
+from channels.tensors.device_frames import DeviceFrames
+from channels.tensors.device_messages import DeviceMessage
 from channels.tensors.returning import OnLoop
 from channels.tensors.shm import ArenaFrame, SharedArena, SharedViews
 from channels.tensors.tcp import (
@@ -73,8 +69,8 @@ SHARED_FRAME_BYTES = (
     128 * 1024
 )  # below it a socket is as fast as shared memory: waking the other end is what counts
 # What a frame on the wire is: the bytes, their place in shared memory, the name under which they
-# follow in chunks, or their place on a device.
-_BYTES, _SHARED, _CHUNKED, _DEVICE = range(4)
+# follow in chunks, their place on a device, or the transfer by which they come over NCCL.
+_BYTES, _SHARED, _CHUNKED, _DEVICE, _NCCL = range(5)
 
 OnMessage = Callable[[str, Message, Any], None]
 
@@ -85,10 +81,16 @@ class FramesReleased(Message, frozen=True, tag="frames_released"):
     blocks: tuple[int, ...]
 
 
+class FrameFollows(Message, frozen=True, tag="frame_follows"):
+    """Sender to receiver: here is a frame that was announced, and could not come as it was to."""
+
+    transfer: int
+
+
 class Transport(NamedTuple):
     """How payloads reach a peer, and why so."""
 
-    name: str  # "inline", "cuda_ipc", "shared_memory", "ipc" or "tcp"
+    name: str  # "inline", "cuda_ipc", "nccl", "shared_memory", "ipc" or "tcp"
     why: str
 
 
@@ -152,8 +154,9 @@ class ZmqEndpoint:
 
     shared_dir: a directory on a tmpfs, the same for the processes of a job on this node. Large arrays
     for peers at "ipc://" addresses then travel through shared memory, see `channels.tensors.shm`.
-    device: gives the GPU of this process, when it is first needed. Device tensors for such peers then stay
-    on it, see `channels.tensors.cuda_ipc`; otherwise they go through the host, and arrive there.
+    device: gives the GPU of this process, when it is first needed. Device tensors then stay on the device, for
+    peers of this node by CUDA IPC and for others over NCCL, see `channels.tensors.device_frames`; where neither
+    can be had they go through the host, and arrive there.
     """
 
     def __init__(
@@ -185,9 +188,16 @@ class ZmqEndpoint:
         if shared_dir is not None:
             self._arena = SharedArena(shared_dir, quote(name, safe=""))
             self._views = SharedViews(shared_dir, self._returning.soon)
-        self._devices: DeviceLending | None = None
-        if device is not None:
-            self._devices = DeviceLending(device, self._tell, device_type=device_type)
+        self._devices = DeviceFrames(
+            name,
+            device,
+            device_type=device_type,
+            numbers=self._transfers,
+            say=self._tell,
+            send_bytes=self._send_bytes,
+            incoming=self._incoming,
+            max_bytes=max_payload_bytes,
+        )
         _check_path(address)
         self._mailbox: LocalMailbox | DrainedSocket
         try:
@@ -263,15 +273,14 @@ class ZmqEndpoint:
             if bulk is not None:
                 bulk.close()
             self._incoming.forget(peer)
-            if self._devices is not None:
-                self._devices.forget(peer)
+            self._devices.forget(peer)
             if self._arena is not None and self._views is not None:
                 self._arena.peer_gone(peer)
                 self._views.forget(quote(peer, safe=""))
 
     def empty_on_device(self, shape: Sequence[int], dtype: Any) -> Any:
         """A torch tensor to be filled and sent without a copy, in memory that peers reach; None without room or GPU."""
-        return None if self._devices is None else self._devices.empty(tuple(shape), dtype)
+        return self._devices.empty(tuple(shape), dtype)
 
     def empty(self, shape: Sequence[int] | int, dtype: Any = np.float32) -> Any:
         """A numpy array to be filled and sent: where the peers share memory with us, it lies there already."""
@@ -280,8 +289,7 @@ class ZmqEndpoint:
 
     def pack(self, tree: Any) -> payload.Encoded:
         packed = isinstance(tree, payload.Encoded)
-        on_device = None if self._devices is None else self._devices.frame
-        encoded = tree if packed else payload.encode(tree, on_device)
+        encoded = tree if packed else payload.encode(tree, self._devices.frame)
         _check_size(encoded.size_bytes, self._max_payload_bytes)
         return encoded if packed else self._share(encoded)
 
@@ -307,18 +315,23 @@ class ZmqEndpoint:
         if peer not in self._peers:
             raise _not_connected(self.name, peer)
         address = self._peers[peer][0]
-        if not address.startswith("ipc://"):
-            return Transport("tcp", f"it listens at {address}, so it may be on another node")
-        if self._arena is None:
-            return Transport("ipc", "same node, and no shared directory was given")
-        least = f"{SHARED_FRAME_BYTES >> 10} KiB"
-        why = f"same node; arrays below {least} and all else through the ipc socket"
-        answer = None if self._devices is None else self._devices.reaches(peer)
-        if answer is not None and answer.reaches:
-            return Transport("cuda_ipc", f"same node, tensors on a device; {why}")
-        if answer is not None:
-            why += f"; device tensors through the host: {answer.reason}"
-        return Transport("shared_memory", why)
+        near = address.startswith("ipc://")
+        if not near:
+            transport = Transport("tcp", f"it listens at {address}, so it may be on another node")
+        elif self._arena is None:
+            transport = Transport("ipc", "same node, and no shared directory was given")
+        else:
+            least = f"{SHARED_FRAME_BYTES >> 10} KiB"
+            why = f"same node; arrays below {least} and all else through the ipc socket"
+            transport = Transport("shared_memory", why)
+        way = self._devices.way(peer, near=near)
+        if way is None:
+            return transport
+        if not way.transport:
+            return Transport(transport.name, f"{transport.why}; {way.why}")
+        return Transport(
+            way.transport, f"{way.why}; host memory by {transport.name}: {transport.why}"
+        )
 
     def _share(self, encoded: payload.Encoded) -> payload.Encoded:
         """Put large frames where peers of this node can see them."""
@@ -338,9 +351,9 @@ class ZmqEndpoint:
         kinds = bytearray()
         parts: list[payload.Buffer] = []
         for frame in frames:
-            lent = self._lent(peer, frame) if address.startswith("ipc://") else None
-            if lent is not None:
-                kind, place = lent
+            placed = self._placed(peer, frame, near=address.startswith("ipc://"))
+            if placed is not None:
+                kind, place = placed
                 kinds.append(kind)
                 parts.append(place)
             elif address.startswith("tcp://") and frame.nbytes > CHUNK_BYTES:
@@ -354,14 +367,29 @@ class ZmqEndpoint:
                 parts.append(frame if isinstance(frame, memoryview) else frame.view)
         return [kinds, *parts]
 
-    def _lent(self, peer: str, frame: memoryview | payload.SharedFrame) -> tuple[int, bytes] | None:
-        """Kind and place of a frame that a peer of this node can reach; it is lent to it."""
+    def _placed(
+        self, peer: str, frame: memoryview | payload.SharedFrame, *, near: bool
+    ) -> tuple[int, bytes] | None:
+        """Kind and place of a frame whose bytes do not go through a socket."""
         if isinstance(frame, memoryview):
             return None
         if isinstance(frame, ArenaFrame):
-            return _SHARED, frame.lend(peer)
-        place = None if self._devices is None else self._devices.lend(peer, frame)
-        return None if place is None else (_DEVICE, place)
+            return (_SHARED, frame.lend(peer)) if near else None
+        lent = self._devices.lend(peer, frame) if near else None
+        if lent is not None:
+            return _DEVICE, lent
+        sent = self._devices.send(peer, frame, near=near)
+        return None if sent is None else (_NCCL, sent)
+
+    def _send_bytes(self, peer: str, transfer: Transfer, data: memoryview) -> None:
+        """Send a frame that was announced, and did not arrive as it was to."""
+        known = self._peers.get(peer)
+        if known is None:
+            return
+        if known[0].startswith("tcp://"):
+            self._bulk_to(peer, known[0]).add(transfer, data)
+        else:
+            known[1].send([messages.encode(FrameFollows(transfer=transfer.number)), data])
 
     def _bulk_to(self, peer: str, address: str) -> BulkSender:
         bulk = self._bulk.get(peer)
@@ -384,8 +412,7 @@ class ZmqEndpoint:
         self._mailbox.close()
         if self._arena is not None:
             self._arena.close()
-        if self._devices is not None:
-            self._devices.close()
+        self._devices.close()
 
     def _received(self, frames: Sequence[Frame]) -> None:
         identity = frames[0].bytes
@@ -405,9 +432,12 @@ class ZmqEndpoint:
                     self._arena.returned(sender, message.blocks)
                 return
             if isinstance(message, DeviceMessage):
-                self._device_message(sender, message)
+                self._devices.received(sender, message)
                 return
-            transfers = self._announced(frames) if len(frames) > BEFORE_FRAMES else {}
+            if isinstance(message, FrameFollows):
+                self._incoming.arrived(sender, message.transfer, frames[-1].buffer)
+                return
+            transfers = self._announced(sender, frames) if len(frames) > BEFORE_FRAMES else {}
         except BadFrame as error:
             log.warning("dropped frame endpoint=%s sender=%r: %s", self.name, identity, error)
             return
@@ -418,14 +448,16 @@ class ZmqEndpoint:
                 return
         self._deliver(sender, message, frames, transfers)
 
-    def _announced(self, frames: Sequence[Frame]) -> dict[int, Transfer]:
-        """The frames of a message that follow in chunks, by their place."""
+    def _announced(self, sender: str, frames: Sequence[Frame]) -> dict[int, Transfer]:
+        """The frames of a message that do not come with it, by their place."""
+        transfers = {}
         kinds = frames[BEFORE_FRAMES - 1].bytes
-        return {
-            place: Transfer.read(frames[place].buffer, self._max_payload_bytes)
-            for place, kind in enumerate(kinds, start=BEFORE_FRAMES)
-            if kind == _CHUNKED and place < len(frames)
-        }
+        for place, kind in enumerate(kinds[: len(frames) - BEFORE_FRAMES], start=BEFORE_FRAMES):
+            if kind == _CHUNKED:
+                transfers[place] = Transfer.read(frames[place].buffer, self._max_payload_bytes)
+            elif kind == _NCCL:
+                transfers[place] = self._devices.receive(sender, frames[place].buffer)
+        return transfers
 
     def _deliver(
         self,
@@ -459,7 +491,7 @@ class ZmqEndpoint:
                     f"{len(frames) - BEFORE_FRAMES} frames came and {len(kinds)} were announced"
                 )
             for place, kind in enumerate(kinds, start=BEFORE_FRAMES):
-                if kind == _CHUNKED:
+                if place in transfers:
                     buffers.append(self._incoming.take(sender, transfers[place]))
                 else:
                     buffers.append(self._buffer(sender, kind, frames[place]))
@@ -470,15 +502,9 @@ class ZmqEndpoint:
             return frame.buffer
         if kind == _SHARED and self._views is not None:
             return self._views.open(sender, frame.buffer)
-        if kind == _DEVICE and self._devices is not None:
+        if kind == _DEVICE:
             return self._devices.open(sender, frame.buffer)
         raise BadFrame(f"a frame of kind {kind} cannot be read here")
-
-    def _device_message(self, sender: str, message: DeviceMessage) -> None:
-        if self._devices is not None:
-            self._devices.received(sender, message)
-        elif isinstance(message, DeviceOffered):
-            self._tell(sender, DeviceAnswered(reaches=False, reason=f"{self.name} has no GPU"))
 
     def _tell(self, peer: str, message: Message) -> None:
         """Say something between endpoints; a peer that is gone need not hear it."""

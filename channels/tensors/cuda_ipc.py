@@ -13,7 +13,8 @@ Where a view lies: on the same GPU it is the producer's memory itself, nothing i
 copied to the receiver's, over NVLink or PCIe, and its block is returned with the end of the copy: what a receiver
 holds is always on its own device, and a tensor that is read twice crosses the link once. GPUs are known by UUID, so
 both ends may see different CUDA_VISIBLE_DEVICES, and neither need see the other's. A receiver that cannot reach a GPU
-raises DeviceUnreachable from `accept`, which is asked once before anything is lent; such a peer is sent host bytes.
+raises DeviceUnreachable from `accept`, which is asked once before anything is lent; to such a peer tensors go another
+way.
 
 Order of work: a frame is ready when what its producer's current stream was given before `copy_in` is done; the
 receiver's current stream waits for it at `open`, on the device, no thread does. Who fills or reads on further streams
@@ -41,6 +42,7 @@ from channels.tensors.allocator import FreeList
 from channels.tensors.blocks import Block, LendingArena
 from channels.tensors.devices import HANDLE_BYTES, Device, DeviceEvent
 from channels.tensors.errors import DeviceError, DeviceUnreachable
+from channels.tensors.tensor_frame import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -98,16 +100,6 @@ class DeviceFrame:
         self._arena, self._block, self._tensor, self._start = arena, block, tensor, start
         self.nbytes = tensor.nbytes
         block.event.record(arena.device.stream())
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The bytes, for peers that are reached over NCCL."""
-        return self._tensor
-
-    @property
-    def view(self) -> memoryview:
-        """The bytes on the host, for receivers that cannot reach the device. Waits for the copy."""
-        return memoryview(self._tensor.cpu().numpy())  # type: ignore[arg-type]
 
     def lend(self, peer: str) -> bytes:
         """What a peer of this node is sent instead of the bytes; it holds the block until it returns it."""
@@ -188,7 +180,7 @@ class DeviceArena(LendingArena[_Block]):
         """
         if tensor.device != self.device.device:
             return None
-        data = _bytes_of(tensor)
+        data = bytes_of(tensor)
         placed = self.frame_of(data)
         if placed is not None:
             return placed
@@ -207,7 +199,7 @@ class DeviceArena(LendingArena[_Block]):
         block = self._by_offset.get(storage - self._address)
         if block is None or not tensor.is_contiguous():
             return None
-        return DeviceFrame(self, block, _bytes_of(tensor), tensor.data_ptr() - storage)
+        return DeviceFrame(self, block, bytes_of(tensor), tensor.data_ptr() - storage)
 
     def close(self) -> None:
         """Give out nothing more. The pool is freed where nobody can see it; otherwise it goes with the process."""
@@ -462,9 +454,3 @@ class DeviceViews:
                 continue
             self._released.append((item.sender, item.block))
             self._on_released()
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor's elements, in order, as uint8: the tensor itself where that is possible."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8)

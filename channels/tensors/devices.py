@@ -9,11 +9,14 @@ that was meant.
 import importlib
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from channels.tensors.errors import DeviceError
+
+if TYPE_CHECKING:
+    from channels.tensors.nccl_link import Library
 
 HANDLE_BYTES = 64  # of an exported allocation, and of an exported event
 _Event: Any = torch.cuda.Event  # which torch leaves without types
@@ -91,6 +94,10 @@ class Device(Protocol):
 
     def open_event(self, handle: bytes) -> DeviceEvent:
         """The event of another process."""
+        ...
+
+    def nccl(self) -> "Library":
+        """NCCL on this GPU."""
         ...
 
 
@@ -201,6 +208,11 @@ class CudaDevice:
         except RuntimeError as error:
             raise DeviceError(f"an event of another process cannot be opened: {error}") from error
         return event
+
+    def nccl(self) -> "Library":
+        from channels.tensors.nccl_library import NcclLibrary
+
+        return NcclLibrary(self)
 
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         """Call the driver with this GPU's context, whatever the thread's current one is."""

@@ -25,6 +25,7 @@ MAX_OPEN = 1024  # transfers of one sender at a time
 IDENTITY_SUFFIX = b"\x1fbulk"  # of the second connection; no name ends so
 
 _PLACE = struct.Struct("<QQ")  # transfer, bytes
+PLACE_BYTES = _PLACE.size
 _CHUNK = struct.Struct("<QQQ")  # transfer, bytes of the whole, offset
 _WRITABLE = int(zmq.POLLOUT)
 _LAST = int(zmq.NOBLOCK)
@@ -158,8 +159,15 @@ class BulkReceiver:
         frame.have = end
         if end == nbytes:
             del open_ones[number]
-            self._whole.setdefault(sender, {})[number] = frame.buffer
-            self._deliver(sender)
+            self.arrived(sender, number, frame.buffer.data)
+
+    def arrived(self, sender: str, number: int, data: Any) -> None:
+        """Take a transfer that came whole, also another way than in chunks; delivers what was waiting for it.
+
+        data: something of `nbytes` elements
+        """
+        self._whole.setdefault(sender, {})[number] = data
+        self._deliver(sender)
 
     def holds(self, sender: str) -> bool:
         """Whether any message of this sender is or was held: `hold` has to be asked."""
@@ -184,13 +192,13 @@ class BulkReceiver:
         lanes.setdefault(lane, deque()).append(_Waiting(missing, deliver))
         return True
 
-    def take(self, sender: str, transfer: Transfer) -> memoryview:
-        """The bytes of a transfer that is whole, once. Raises BadFrame where they are not what was announced."""
+    def take(self, sender: str, transfer: Transfer) -> Any:
+        """The data of a transfer that is whole, once. Raises BadFrame where they are not what was announced."""
         buffer = self._whole.get(sender, {}).pop(transfer.number, None)
         if buffer is None or len(buffer) != transfer.nbytes:
             came = "none" if buffer is None else len(buffer)
             raise BadFrame(f"{transfer.nbytes} bytes were announced and {came} came")
-        return memoryview(buffer)
+        return buffer
 
     def forget(self, sender: str) -> None:
         """A sender is gone: what it did not finish is dropped, and what waits for it."""

@@ -15,7 +15,7 @@ import torch
 
 from channels.tensors.devices import HANDLE_BYTES, DeviceEvent
 from channels.tensors.errors import DeviceError
-from channels.tensors.nccl import UNIQUE_ID_BYTES
+from channels.tensors.nccl_link import UNIQUE_ID_BYTES
 
 DEADLINE_S = 20.0
 
@@ -74,6 +74,7 @@ class FakeNode:
         self.memory: dict[bytes, tuple[str, np.ndarray[Any, Any]]] = {}
         self.events: dict[bytes, FakeEvent] = {}
         self.apart: set[str] = set()  # uuids that others do not reach
+        self.fabric = FakeFabric()
         self._count = 0
 
     def handle(self) -> bytes:
@@ -98,6 +99,12 @@ class FakeDevice:
         self.main = FakeStream()
         self.current = threading.local()
         self.closing = threading.Condition()
+        self.library: FakeLibrary | None = FakeLibrary(self)
+
+    def nccl(self) -> "FakeLibrary":
+        if self.library is None:
+            raise DeviceError("NCCL cannot be loaded")
+        return self.library
 
     def allocate(self, nbytes: int) -> int:
         if nbytes > self.memory_bytes:
@@ -179,54 +186,60 @@ class FakePair:
             while sends and receives and not self.stuck:
                 source, target = sends.popleft(), receives.popleft()
                 target.tensor.copy_(source.tensor.contiguous().reshape(-1).view(torch.uint8))
-                source.done = target.done = True
+                source.over.set()
+                target.over.set()
 
 
 class _Half:
+    """One end of a transfer, and the event of its end."""
+
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.done = False
+        self.over = threading.Event()
 
-    def query(self) -> bool:
-        return self.done
+    def synchronize(self) -> None:
+        assert self.over.wait(DEADLINE_S)
 
 
 class FakeCommunicator:
     """See Communicator."""
 
-    def __init__(self, library: "FakeLibrary", pair: FakePair, rank: int) -> None:
-        self.library, self.pair, self.rank = library, pair, rank
+    def __init__(self, pair: FakePair, rank: int) -> None:
+        self.pair, self.rank = pair, rank
         self.aborted = threading.Event()
-        self.last: _Half | None = None
+        self.given: list[_Half] = []
         self.after: list[DeviceEvent] = []
         with pair.lock:
             assert rank not in [other.rank for other in pair.ranks], "a unique id serves once"
             pair.ranks.append(self)
 
     def settled(self) -> bool:
-        assert not self.aborted.is_set()
+        if self.aborted.is_set():
+            raise DeviceError("the communicator was aborted")
         if self.pair.broken:
             raise DeviceError(self.pair.broken)
         return len(self.pair.ranks) == 2
 
     def send(self, tensor: torch.Tensor, after: DeviceEvent) -> None:
-        self._transfer(tensor, after)
+        self.after.append(after)
+        self._transfer(tensor)
 
-    def receive(self, tensor: torch.Tensor, after: DeviceEvent) -> None:
-        self._transfer(tensor, after)
+    def receive(self, tensor: torch.Tensor) -> None:
+        self._transfer(tensor)
 
     def mark(self) -> Any:
-        assert self.last is not None
-        return self.last
+        return self.given[-1]
 
     def abort(self) -> None:
         self.aborted.set()
+        for half in self.given:  # the device goes on, without the rest
+            half.over.set()
 
-    def _transfer(self, tensor: torch.Tensor, after: DeviceEvent) -> None:
+    def _transfer(self, tensor: torch.Tensor) -> None:
         assert self.settled()
-        self.after.append(after)
-        self.last = _Half(tensor)
-        self.pair.waiting[self.rank].append(self.last)
+        half = _Half(tensor)
+        self.given.append(half)
+        self.pair.waiting[self.rank].append(half)
         self.pair.match()
 
 
@@ -247,13 +260,13 @@ class FakeFabric:
 
 
 class FakeLibrary:
-    """See Library. refuses: what `connect` says"""
+    """See Library. refuses: what `connect` says    memory_bytes: of one tensor at most"""
 
-    def __init__(self, fabric: FakeFabric, uuid: str) -> None:
-        self.fabric, self.uuid = fabric, uuid
-        self.device = torch.device("cpu")
-        self.gpu = FakeDevice(FakeNode(), uuid)
+    def __init__(self, gpu: FakeDevice) -> None:
+        self.gpu, self.device = gpu, gpu.device
+        self.version = 22809
         self.refuses = ""
+        self.memory_bytes = 1 << 40
 
     def unique_id(self) -> bytes:
         return os.urandom(UNIQUE_ID_BYTES)
@@ -261,9 +274,14 @@ class FakeLibrary:
     def connect(self, unique_id: bytes, rank: int) -> FakeCommunicator:
         if self.refuses:
             raise DeviceError(self.refuses)
-        return FakeCommunicator(self, self.fabric.pair(unique_id), rank)
+        return FakeCommunicator(self.gpu.node.fabric.pair(unique_id), rank)
 
     def now(self) -> FakeEvent:
         event = self.gpu.event()
         event.record()
         return event
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self.memory_bytes:
+            raise torch.OutOfMemoryError(f"{nbytes} bytes")
+        return torch.empty(nbytes, dtype=torch.uint8)

@@ -38,8 +38,9 @@ class _Process:
 
     def __init__(self, name: str, pool_bytes: int) -> None:
         from channels.tensors.cuda_ipc import DeviceArena, DeviceViews
+        from channels.tensors.device_messages import LinkClosed
         from channels.tensors.devices import CudaDevice
-        from channels.tensors.nccl import LinkClosed, NcclLibrary, NcclLinks
+        from channels.tensors.nccl import NcclLinks
 
         self.gpu = CudaDevice(0)
         self.arena = DeviceArena(self.gpu, size_bytes=pool_bytes)
@@ -47,7 +48,7 @@ class _Process:
         self.views = DeviceViews(self.gpu, self.released.release)
         self.posted: list[tuple[str, LinkClosed]] = []
         self.links = NcclLinks(
-            name, NcclLibrary(self.gpu), lambda peer, message: self.posted.append((peer, message))
+            name, self.gpu.nccl(), lambda peer, message: self.posted.append((peer, message))
         )
         self.held: dict[str, torch.Tensor] = {}
         self.pending: dict[str, Future[torch.Tensor]] = {}

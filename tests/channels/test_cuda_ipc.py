@@ -125,8 +125,6 @@ def test_the_same_gpu_sees_the_memory_itself(pair: Pair) -> None:
     assert pair.arena.num_blocks == 1
     seen = pair.views.open("producer", frame.lend("receiver")).view(torch.bfloat16)
     assert seen.numel() == 2 * 1024
-    assert torch.equal(frame.tensor, bits_of(tensor[3:5]))
-    assert bytes(frame.view) == bytes(bits_of(tensor[3:5]).numpy())
     tensor[3, 7] = -1.0
     assert seen[7] == -1.0
     assert pair.receiver.copies == 0
