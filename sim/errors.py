@@ -11,3 +11,11 @@ class MissingDependency(SimError):
 
 class BadTaskData(SimError, ValueError):
     """Raised when a data file does not have the rows that a task needs."""
+
+
+class WorkerLost(SimError):
+    """Raised when a worker process died or hung: the episodes of its slots are lost."""
+
+
+class SimulatorFailed(SimError):
+    """Raised when an environment in a worker raised an error of another kind than ours."""

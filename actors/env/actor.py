@@ -8,7 +8,7 @@ ticket is acknowledged.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,13 @@ import numpy as np
 
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
+from actors.env.hosts import open_hosts
 from actors.episodes import Action, Group, Int32, SampleRequest, Segment, Turn, TurnRequest
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.work import StageTimes
-from sim.contract import Environment, counted_seed
-from sim.registry import make
+from sim.contract import counted_seed
+from sim.errors import SimError, WorkerLost
 
 
 @dataclass
@@ -56,17 +57,7 @@ class Episode:
         )
 
 
-Function = Callable[[Sequence[int], Sequence[Any]], list[Any]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of the environment that waits for its turn."""
-
-    function: Function
-    slots: Sequence[int]
-    values: Sequence[Any]
-    results: asyncio.Future[list[Any]]
+LOSSES = 3  # of one group's episodes with their worker, before the env actor gives up
 
 
 class EnvActor(Actor):
@@ -77,13 +68,17 @@ class EnvActor(Actor):
         group_size = self.config.rollout.group_size
         num_groups = self.config.env.groups_per_actor
         num_slots = group_size * num_groups
-        self.env: Environment = await self.blocking(
-            make, self.config.env.task, num_slots=num_slots, args=self.config.env.args
-        )
-        self.free = list(range(num_slots))
         self.playing = 0
-        self.stepping = False
-        self.calls: asyncio.Queue[Call] = asyncio.Queue()
+        self.hosts = await open_hosts(
+            self.config.env.task,
+            self.config.env.args,
+            num_slots=num_slots,
+            workers=self.config.env.workers,
+            step_timeout_s=self.config.env.step_timeout_s,
+            blocking=self.blocking,
+            told=self._account,
+        )
+        self.env = self.hosts.env
         self.step_seen = -1
         self.tickets = self.router.consumer("tickets", capacity=num_groups)
         self.requests = self.router.producer("requests", bound=num_groups, epoch=self.spec.epoch)
@@ -93,7 +88,7 @@ class EnvActor(Actor):
     async def run(self) -> None:
         """Play every ticket that comes, several at a time."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._call_environment())
+            tasks.create_task(self.hosts.run())
             while True:
                 item = await self.tickets.get()
                 tasks.create_task(self._attend(item), name=f"group-{item.payload['group']}")
@@ -101,7 +96,13 @@ class EnvActor(Actor):
     async def leave(self) -> None:
         """Give tickets back: another env actor plays them from the start."""
         self.tickets.close()
-        await self.blocking(self.env.close)
+        await self.blocking(self.hosts.close)
+
+    def close(self) -> None:
+        """Also after an error: worker processes end before the actor does."""
+        if hasattr(self, "hosts"):
+            self.hosts.end_workers()
+        super().close()
 
     def on_peer(self, peer: Introduce) -> None:
         """Learn who gives tickets, who acts, who trains."""
@@ -145,18 +146,30 @@ class EnvActor(Actor):
     async def _play(self, item: Item) -> None:
         ticket: dict[str, Any] = item.payload
         self._tell_times(ticket["step"])
-        size = ticket["group_size"]
-        slots, self.free = self.free[:size], self.free[size:]
+        slots = self.hosts.take(ticket["group_size"])
         try:
-            group = await self._episodes(ticket, slots)
+            group = await self._episodes_again(ticket, slots)
             await self.groups.call(group, priority=-ticket["step"])
             self.delivered()
             item.ack()
         finally:
-            self.free.extend(slots)
+            self.hosts.give_back(slots)
+
+    async def _episodes_again(self, ticket: dict[str, Any], slots: Sequence[int]) -> Group:
+        """Play a group; from the start where a worker took an episode of it along."""
+        for losses in range(1, LOSSES + 1):
+            try:
+                return await self._episodes(ticket, slots)
+            except WorkerLost as error:
+                lost = error
+            self.counters["groups_lost"] = self.counters.get("groups_lost", 0) + 1
+            self.event("group_lost", group=ticket["group"], losses=losses, reason=str(lost))
+        raise SimError(
+            f"group {ticket['group']} (seed {ticket['seed']}) lost its worker {LOSSES} times: {lost}"
+        ) from lost
 
     async def _episodes(self, ticket: dict[str, Any], slots: Sequence[int]) -> Group:
-        observations = await self._step(self.env.reset, slots, [self._seed(ticket)] * len(slots))
+        observations = await self.hosts.call("reset", slots, [self._seed(ticket)] * len(slots))
         episodes = [
             Episode(sample, slot, observation)
             for sample, (slot, observation) in enumerate(zip(slots, observations, strict=True))
@@ -206,8 +219,8 @@ class EnvActor(Actor):
                 acting.append((episode, action))
         if not acting:
             return
-        results = await self._step(
-            self.env.step, [e.slot for e, _ in acting], [action.text for _, action in acting]
+        results = await self.hosts.call(
+            "step", [e.slot for e, _ in acting], [action.text for _, action in acting]
         )
         for (episode, action), result in zip(acting, results, strict=True):
             episode.turns.append(
@@ -218,51 +231,8 @@ class EnvActor(Actor):
             episode.info.update(result.info)
             episode.terminated, episode.truncated = result.terminated, result.truncated
 
-    async def _step(self, function: Function, slots: Sequence[int], values: Sequence[Any]) -> Any:
-        """Have the environment called for these slots."""
-        results: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self.calls.put_nowait(Call(function, slots, values, results))
-        return await results
-
-    async def _call_environment(self) -> None:
-        """Make one call of what waits: groups that come together share the way to the worker and back, and a
-        simulator steps them as one batch.
-        """
-        while True:
-            calls = [await self.calls.get()]
-            while not self.calls.empty():
-                calls.append(self.calls.get_nowait())
-            # A group that was cancelled meanwhile has given its slots back.
-            calls = [call for call in calls if not call.results.done()]
-            self.stepping = True
-            self._account()
-            for function in (self.env.step, self.env.reset):
-                await self._call_together([call for call in calls if call.function == function])
-            self.stepping = False
-            self._account()
-
-    async def _call_together(self, calls: Sequence[Call]) -> None:
-        if not calls:
-            return
-        slots = [slot for call in calls for slot in call.slots]
-        values = [value for call in calls for value in call.values]
-        try:
-            results = await self.blocking(calls[0].function, slots, values)
-        except Exception as error:  # each of the groups fails with it, and with them the actor
-            for call in calls:
-                if not call.results.done():
-                    call.results.set_exception(error)
-                    call.results.exception()  # the first group to fail may end the others unheard
-            return
-        start = 0
-        for call in calls:
-            end = start + len(call.slots)
-            if not call.results.done():
-                call.results.set_result(results[start:end])
-            start = end
-
     def _account(self) -> None:
-        state = "work" if self.stepping else "wait_rollout" if self.playing else "wait_tickets"
+        state = "work" if self.hosts.busy else "wait_rollout" if self.playing else "wait_tickets"
         self.time.enter(state)
 
     def _tell_times(self, step: int) -> None:

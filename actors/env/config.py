@@ -18,6 +18,10 @@ class EnvConfig(Section, frozen=True, kw_only=True):
     """Env actor processes."""
     groups_per_actor: Annotated[int, Meta(ge=1)] = 16
     """Groups that one env actor plays at the same time."""
+    workers: Annotated[int, Meta(ge=0)] = 0
+    """Processes of each env actor that host its slots; each answers when it is ready. 0: the actor's own thread."""
+    step_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+    """A worker that takes longer for one step of its slots is killed, and its episodes are played again."""
     max_turns: Annotated[int, Meta(ge=1)] = 1
     """Turns after which an episode is truncated, unless the task ends it before."""
     python: str | None = None

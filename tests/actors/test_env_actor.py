@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from actors.episodes import Action, Group
 from actors.job_config import JobConfig
 from channels.channel import Consumer, Item, Producer
 from channels.errors import Withdrawn
-from channels.lifecycle import Failed, FirstOutput
+from channels.lifecycle import Failed, FirstOutput, JobEvent
 from channels.work import StageTimes
 from sim.contract import ChatMessage, StepResult, TextObservation, split_counted_seed
 
@@ -246,7 +247,7 @@ def test_groups_are_played_side_by_side_in_slots_of_their_own(run: Run, tmp_path
             await play.answer("end", "end")
             (await play.groups.get()).ack()
             await asyncio.gather(*calls)
-            assert sorted(play.stage.actor.free) == [0, 1, 2, 3]
+            assert sorted(play.stage.actor.hosts.free) == [0, 1, 2, 3]
 
     run(main)
 
@@ -256,15 +257,15 @@ def test_groups_that_come_together_are_one_call(run: Run, tmp_path: Path) -> Non
 
     async def main() -> None:
         async with Play(tmp_path, env_config()) as play:
-            actor, env = play.stage.actor, play.env
+            hosts, env = play.stage.actor.hosts, play.env
             first, second = await asyncio.gather(
-                actor._step(env.reset, [1, 0], [7, 8]), actor._step(env.reset, [3], [9])
+                hosts.call("reset", [1, 0], [7, 8]), hosts.call("reset", [3], [9])
             )
             assert env.log == [("reset", (1, 0, 3), (7, 8, 9))]
             assert (first, second) == ([say("seed 7"), say("seed 8")], [say("seed 9")])
-            given_up = asyncio.create_task(actor._step(env.step, [1], ["end"]))
-            stepped = asyncio.create_task(actor._step(env.step, [3], ["cut"]))
-            again = asyncio.create_task(actor._step(env.reset, [0], [6]))
+            given_up = asyncio.create_task(hosts.call("step", [1], ["end"]))
+            stepped = asyncio.create_task(hosts.call("step", [3], ["cut"]))
+            again = asyncio.create_task(hosts.call("reset", [0], [6]))
             await asyncio.sleep(0)  # they have asked
             given_up.cancel()
             assert [result.truncated for result in await stepped] == [True]
@@ -331,7 +332,7 @@ def test_a_cancelled_ticket_stops_its_group(run: Run, tmp_path: Path, when: str)
             await held.wait_cancelled()
             held.ack()
             await play.stage.until(lambda: play.tickets.statistics().in_flight == 0)
-            assert sorted(play.stage.actor.free) == [0, 1, 2, 3]
+            assert sorted(play.stage.actor.hosts.free) == [0, 1, 2, 3]
             call = asyncio.create_task(play.tickets.call(ticket(1)))
             await play.answer("end", "end")
             (await play.groups.get()).ack()
@@ -460,3 +461,101 @@ def test_times_are_told_once_a_step(run: Run, tmp_path: Path) -> None:
             assert all(value >= 0 for value in seconds.values())
 
     run(main)
+
+
+@pytest.fixture
+def worker_tasks(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A task that does as it is told, where worker processes find it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "sim"))
+    return "worker_tasks:Obedient"
+
+
+def test_each_ready_part_goes_on_while_others_step(
+    run: Run, tmp_path: Path, worker_tasks: str
+) -> None:
+    """A group whose worker is done is delivered while another worker is still in its step."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    async def main() -> None:
+        config = env_config(env={"task": worker_tasks, "workers": 2})
+        async with Play(tmp_path, config) as play:
+            slow = asyncio.create_task(play.tickets.call(ticket(0)))
+            first = await play.answer(f"wait {pipe}", "stand")
+            quick = asyncio.create_task(play.tickets.call(ticket(1)))
+            second = await play.answer("stand", "stand")
+            assert (first.payload.group, second.payload.group) == (0, 1)
+            (await play.groups.get()).ack()
+            await quick
+            assert not slow.done()
+            pipe.write_text("")  # now the slow one goes on
+            await play.answer("stand")
+            item = await play.groups.get()
+            item.ack()
+            await slow
+            assert item.payload.group == 0
+            pids = {segment.info["pid"] for segment in item.payload.segments}
+            assert len(pids) == 1  # a group that fits one worker is stepped there
+
+    run(main)
+
+
+def test_a_group_whose_worker_died_is_played_again(
+    run: Run, tmp_path: Path, worker_tasks: str
+) -> None:
+    """From the start, as it was issued; the other worker's group does not notice, flowd is told."""
+    died = tmp_path / "died"
+
+    async def main() -> None:
+        config = env_config(env={"task": worker_tasks, "workers": 2})
+        async with Play(tmp_path, config) as play:
+            calls = [asyncio.create_task(play.tickets.call(ticket(group))) for group in range(2)]
+            items = [await play.requests.get() for _ in range(2)]
+            by_group = {item.payload.group: item for item in items}
+            texts = {0: [f"segfault once {died}", "walk"], 1: ["walk", "walk"]}
+            for group, item in by_group.items():
+                item.ack([action(text, [1], [2]) for text in texts[group]])
+            turns = []
+            for _ in range(3):  # two turns of group 0 from its start, the second one of group 1
+                item = await play.requests.get()
+                turns.append((item.payload.group, item.payload.turn))
+                text = "walk" if (item.payload.group, item.payload.turn) == (0, 0) else "stand"
+                item.ack([action(text, [1], [2]) for _ in item.payload.samples])
+            assert sorted(turns) == [(0, 0), (0, 1), (1, 1)]
+            for _ in range(2):
+                item = await play.groups.get()
+                assert [len(segment.turns) for segment in item.payload.segments] == [2, 2]
+                item.ack()
+            await asyncio.gather(*calls)
+            (told,) = [event for event in play.stage.of(JobEvent) if event.kind == "group_lost"]
+            assert told.data["group"] == 0
+            assert "SIGSEGV" in told.data["reason"]
+            assert play.stage.actor.counters["groups_lost"] == 1
+
+    run(main)
+
+
+def test_a_group_that_kills_every_worker_ends_the_actor(
+    run: Run, tmp_path: Path, worker_tasks: str
+) -> None:
+    """With the seed, and how the last one died; no worker is left."""
+    pids: list[int] = []
+
+    async def main() -> None:
+        config = env_config(env={"task": worker_tasks, "workers": 1})
+        async with Play(tmp_path, config) as play:
+            call = asyncio.create_task(play.tickets.call(ticket()))
+            for _ in range(3):
+                await play.answer("segfault", "walk")
+            assert play.stage.life is not None
+            assert await play.stage.life == 1
+            (failed,) = play.stage.of(Failed)
+            assert "group 0 (seed 100) lost its worker 3 times" in failed.error
+            assert "SIGSEGV" in failed.error
+            pids.extend(part.pid for part in play.env.parts)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    run(main)
+    assert len(pids) == 1
+    assert not Path(f"/proc/{pids[0]}").exists()

@@ -268,7 +268,9 @@ def test_a_delta_is_applied_and_one_that_does_not_fit_is_replaced(run: Run, tmp_
             assert loaded == ["WeightsDelta"]
             with torch.no_grad():
                 model.get_input_embeddings().weight[10:20] -= 0.5
-                next(actor.sampler._model.parameters())[30] += 0.5  # a row that the delta does not name
+                next(actor.sampler._model.parameters())[30] += (
+                    0.5  # a row that the delta does not name
+                )
             assert (await sample(2))[0] == "delta"
             assert loaded == ["WeightsDelta", "WeightsDelta", "dict"]
             assert actor.loaded == (0, 2)
