@@ -154,6 +154,10 @@ class ChannelRouter:
         else:
             self.on_message(sender, message, payload)
 
+    def _pack(self, payload: Any) -> tuple[Any, int]:
+        packed = self.endpoint.pack(payload)
+        return packed, size_bytes(packed)
+
     def _send(self, outgoing: list[Outgoing]) -> None:
         for peer, message, payload in outgoing:
             try:
@@ -194,7 +198,9 @@ class Producer:
         self.channel = channel
         self.bound_bytes = bound_bytes
         self._router = router
-        self._protocol = ProducerProtocol(channel, bound, epoch, self._pack)
+        self._protocol = ProducerProtocol(
+            channel, bound, epoch, router._pack, router.endpoint.max_payload_bytes
+        )
         self._flushing = _Flushing(router, self._protocol.flush)
         # A heap by who came first: one that was woken and finds the bytes taken goes back to its place.
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
@@ -302,10 +308,6 @@ class Producer:
             )
             for peer, link in self._protocol.links.items()
         ]
-
-    def _pack(self, payload: Any) -> tuple[Any, int]:
-        packed = self._router.endpoint.pack(payload)
-        return packed, size_bytes(packed)
 
     async def _slot(self) -> None:
         """Wait for a place under the bounds; the caller puts before it awaits anything."""
@@ -460,7 +462,11 @@ class Consumer:
         self.channel = channel
         self._router = router
         self._protocol = ConsumerProtocol(
-            channel, capacity, secrets.randbits(62), router.endpoint.pack
+            channel,
+            capacity,
+            secrets.randbits(62),
+            router._pack,
+            router.endpoint.max_payload_bytes,
         )
         self._flushing = _Flushing(router, self._protocol.flush)
         self._getters: deque[asyncio.Future[None]] = deque()

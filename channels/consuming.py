@@ -2,13 +2,14 @@
 other."""
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from channels.errors import BadFrame, ChannelError
 from channels.payload import Undecodable
 from channels.protocol import (
+    MAX_BATCH_BYTES,
     ChannelAnnounce,
     ChannelBatch,
     ChannelCancel,
@@ -21,6 +22,8 @@ from channels.protocol import (
     Key,
     Outgoing,
     ProducerMessage,
+    batches,
+    by_reference,
 )
 
 
@@ -42,6 +45,15 @@ class Delivery:
     finished: bool = False
 
 
+class _Finished(NamedTuple):
+    """An item that was acknowledged with a result, or handed back with a replacement; both packed, or None."""
+
+    sequence: int
+    packed: Any
+    size_bytes: int
+    handed_back: bool
+
+
 @dataclass(slots=True, eq=False)
 class _Source:
     """What a consumer knows of a producer, on the present link."""
@@ -57,8 +69,7 @@ class _Source:
     grant: int = 0
     last_granted: int = 0
     told_accepting: bool = True
-    acks: list[tuple[int, Any]] = field(default_factory=list)
-    handed_back: list[tuple[int, Any]] = field(default_factory=list)
+    finished: list[_Finished] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -66,7 +77,8 @@ class ConsumerProtocol:
     """The consumer's side of a channel. Call `flush` after any change and send what it returns.
 
     capacity: items held at most, counting credit that is given out. incarnation: differs from that
-    of any earlier consumer of this name, so that their links are not mistaken for ours.
+    of any earlier consumer of this name, so that their links are not mistaken for ours. For pack and
+    max_batch_bytes see `ProducerProtocol`: here they are about results and replacements.
     """
 
     def __init__(
@@ -74,7 +86,8 @@ class ConsumerProtocol:
         channel: str,
         capacity: int,
         incarnation: int = 0,
-        pack: Callable[[Any], Any] = lambda payload: payload,
+        pack: Callable[[Any], tuple[Any, int]] = by_reference,
+        max_batch_bytes: int = MAX_BATCH_BYTES,
     ) -> None:
         self.channel = channel
         self.sources: dict[str, _Source] = {}
@@ -84,7 +97,7 @@ class ConsumerProtocol:
         self.unreadable: list[tuple[str, BadFrame]] = []  # items that were refused, likewise
         self.num_held = 0
         self.num_items = 0
-        self._pack = pack
+        self._pack, self._max_batch_bytes = pack, max_batch_bytes
         self._capacity = capacity
         self._clock = 0
         self._next_link = incarnation
@@ -147,16 +160,18 @@ class ConsumerProtocol:
 
     def acknowledge(self, delivery: Delivery, result: Any = None) -> None:
         """Finish an item: its slot is free. Raises ChannelError when it was finished before."""
-        packed = None if result is None else self._pack(result)
-        if self._finish(delivery):
-            delivery.source.acks.append((delivery.sequence, packed))
+        self._close_item(delivery, result, handed_back=False)
 
     def hand_back(self, delivery: Delivery, payload: Any = None) -> None:
         """Give an item back to its producer, with a new payload unless None. Errors as for
         acknowledge."""
-        packed = None if payload is None else [self._pack(payload)]
+        self._close_item(delivery, payload, handed_back=True)
+
+    def _close_item(self, delivery: Delivery, payload: Any, *, handed_back: bool) -> None:
+        packed, size = (None, 0) if payload is None else self._pack(payload)
         if self._finish(delivery):
-            delivery.source.handed_back.append((delivery.sequence, packed))
+            finished = _Finished(delivery.sequence, packed, size, handed_back)
+            delivery.source.finished.append(finished)
 
     def receive(self, peer: str, message: ProducerMessage, payload: Any) -> None:
         """Take in a producer's message. Unknown producers, old epochs and links are ignored."""
@@ -194,10 +209,10 @@ class ConsumerProtocol:
         self._distribute()
         outgoing, self._outgoing = self._outgoing, []
         for source in self._turns:
-            finished = source.acks or source.handed_back or source.refused
+            finished = source.finished or source.refused
             news = finished or source.grant or accepting != source.told_accepting
             if news and source.established:
-                outgoing.append(self._settle(source, accepting))
+                outgoing += self._settle(source, accepting)
         return outgoing
 
     def _deliver(self, source: _Source, batch: ChannelBatch, payload: Any) -> None:
@@ -278,27 +293,32 @@ class ConsumerProtocol:
                 recall = ChannelRecall(channel=self.channel, link=source.link)
                 self._outgoing.append(Outgoing(source.peer, recall))
 
-    def _settle(self, source: _Source, accepting: bool) -> Outgoing:
-        message = ChannelSettle(
-            channel=self.channel,
-            link=source.link,
-            credit=source.grant,
-            accepting=accepting,
-            acks=tuple(sequence for sequence, _ in source.acks),
-            handed_back=tuple(sequence for sequence, _ in source.handed_back),
-            refused=tuple(source.refused),
-        )
-        results = [result for _, result in source.acks]
-        replaced = [payload for _, payload in source.handed_back]
-        payload: list[Any] | None = None
-        if any(result is not None for result in results):
-            payload = results
-        if replaced and (payload or any(each is not None for each in replaced)):
-            payload = [payload, replaced]
-        source.grant = 0
+    def _settle(self, source: _Source, accepting: bool) -> Iterator[Outgoing]:
+        finished, source.finished = source.finished, []
+        grant, source.grant = source.grant, 0
+        refused, source.refused = tuple(source.refused), []
         source.told_accepting = accepting
-        source.acks, source.handed_back, source.refused = [], [], []
-        return Outgoing(source.peer, message, payload)
+        sizes = [each.size_bytes for each in finished]
+        for part in batches(finished, sizes, self._max_batch_bytes):
+            acks = [each for each in part if not each.handed_back]
+            back = [each for each in part if each.handed_back]
+            message = ChannelSettle(
+                channel=self.channel,
+                link=source.link,
+                credit=grant,
+                accepting=accepting,
+                acks=tuple(each.sequence for each in acks),
+                handed_back=tuple(each.sequence for each in back),
+                refused=refused,
+            )
+            grant, refused = 0, ()
+            payload: list[Any] | None = None
+            if any(each.packed is not None for each in acks):
+                payload = [each.packed for each in acks]
+            if back and (payload or any(each.packed is not None for each in back)):
+                replaced = [None if each.packed is None else [each.packed] for each in back]
+                payload = [payload, replaced]
+            yield Outgoing(source.peer, message, payload)
 
     def _finish(self, delivery: Delivery) -> bool:
         """Free the slot. Returns whether the producer is to be told."""

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_PAYLOAD_BYTES = 4 * 1024**3
+AROUND_BYTES = 16 * 1024  # of the packed payloads in a batch: their places and padding
 MAX_IPC_PATH_BYTES = 107  # sockaddr_un.sun_path, less its terminating zero
 CLOSE_LINGER_MS = 500
 BEFORE_FRAMES = 5  # of a message on the wire: sender, message, header, pack, kinds of the frames
@@ -100,6 +101,7 @@ class Endpoint(Protocol):
     name: str
     address: str
     on_message: OnMessage
+    max_payload_bytes: int  # of one that is packed, and of a list of packed ones
 
     def connect(self, peer: str, address: str) -> None:
         """Connect to a peer's mailbox. Idempotent; a new address replaces the old connection."""
@@ -173,7 +175,7 @@ class ZmqEndpoint:
             raise ValueError(f'endpoint name "{name}": 1 to 255 bytes are allowed; shorten it')
         self.name = name
         self.on_message: OnMessage = unhandled
-        self._max_payload_bytes = max_payload_bytes
+        self.max_payload_bytes = max_payload_bytes
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._peers: dict[str, tuple[str, Connection]] = {}
         self._names: dict[bytes, str] = {}
@@ -219,7 +221,7 @@ class ZmqEndpoint:
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.RCVHWM, 0)
-        router.setsockopt(zmq.MAXMSGSIZE, self._max_payload_bytes)
+        router.setsockopt(zmq.MAXMSGSIZE, self.max_payload_bytes + AROUND_BYTES)
         # A peer that connects again (restarted, or with a new connection) takes its name over from
         # the old connection.
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -288,10 +290,14 @@ class ZmqEndpoint:
         return np.empty(shape, dtype) if array is None else array
 
     def pack(self, tree: Any) -> payload.Encoded:
-        packed = isinstance(tree, payload.Encoded)
-        encoded = tree if packed else payload.encode(tree, self._devices.frame)
-        _check_size(encoded.size_bytes, self._max_payload_bytes)
-        return encoded if packed else self._share(encoded)
+        return self._pack(tree, self.max_payload_bytes)
+
+    def _pack(self, tree: Any, limit: int) -> payload.Encoded:
+        if isinstance(tree, payload.Encoded):
+            return tree
+        encoded = payload.encode(tree, self._devices.frame)
+        _check_size(encoded.size_bytes, limit)
+        return self._share(encoded)
 
     def send(self, peer: str, message: Message, payload: Any = None) -> None:
         known = self._peers.get(peer)
@@ -303,7 +309,8 @@ class ZmqEndpoint:
         if payload is None:
             known[1].send([head])
         else:
-            encoded = self.pack(payload)
+            around = AROUND_BYTES if isinstance(payload, list) else 0
+            encoded = self._pack(payload, self.max_payload_bytes + around)
             parts: list[Part] = [head, encoded.header]
             if encoded.frames:
                 parts += [encoded.pack, *self._frames(peer, known[0], encoded.frames)]
@@ -454,7 +461,7 @@ class ZmqEndpoint:
         kinds = frames[BEFORE_FRAMES - 1].bytes
         for place, kind in enumerate(kinds[: len(frames) - BEFORE_FRAMES], start=BEFORE_FRAMES):
             if kind == _CHUNKED:
-                transfers[place] = Transfer.read(frames[place].buffer, self._max_payload_bytes)
+                transfers[place] = Transfer.read(frames[place].buffer, self.max_payload_bytes)
             elif kind == _NCCL:
                 transfers[place] = self._devices.receive(sender, frames[place].buffer)
         return transfers
@@ -566,6 +573,7 @@ class InlineEndpoint:
         self.name = name
         self.address = address
         self.on_message: OnMessage = unhandled
+        self.max_payload_bytes = hub.max_payload_bytes
         self._hub = hub
         self._loop = asyncio.get_running_loop()
         self._peers: dict[str, str] = {}
@@ -587,7 +595,7 @@ class InlineEndpoint:
 
     def pack(self, tree: Any) -> Any:
         # What does not travel between processes is not to pass here unseen.
-        _check_size(size_bytes(tree), self._hub.max_payload_bytes)
+        _check_size(size_bytes(tree), self.max_payload_bytes)
         return tree
 
     def transport(self, peer: str) -> Transport:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from channels.errors import BadFrame, Refused
 from channels.payload import Undecodable
 from channels.protocol import (
+    MAX_BATCH_BYTES,
+    MAX_BATCH_ITEMS,
     ChannelAnnounce,
     ChannelBatch,
     ChannelCancel,
@@ -23,15 +25,11 @@ from channels.protocol import (
     ItemHead,
     Key,
     Outgoing,
+    batches,
+    by_reference,
 )
 
-MAX_BATCH_ITEMS = 256
 MAX_KEYS = 65536  # affinities a producer remembers; the least recently used are forgotten
-
-
-def by_reference(payload: Any) -> tuple[Any, int]:
-    """The `pack` of ends in one process: the payload itself, its size unknown."""
-    return payload, 0
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +76,11 @@ class _Link:
 
 
 class ProducerProtocol:
-    """The producer's side of a channel. Call `flush` after any change and send what it returns."""
+    """The producer's side of a channel. Call `flush` after any change and send what it returns.
+
+    pack: makes a payload ready to be sent, and says its size in bytes
+    max_batch_bytes: of the payloads of one message; a larger item is one by itself
+    """
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class ProducerProtocol:
         bound: int,
         epoch: int = 0,
         pack: Callable[[Any], tuple[Any, int]] = by_reference,
+        max_batch_bytes: int = MAX_BATCH_BYTES,
     ) -> None:
         if bound < 1:
             raise ValueError(f'channel "{channel}": bound = {bound}, but it must be at least 1')
@@ -96,7 +99,7 @@ class ProducerProtocol:
         self.num_queued = 0
         self.num_items = 0
         self.size_bytes = 0
-        self._pack = pack
+        self._pack, self._max_batch_bytes = pack, max_batch_bytes
         self._queue: list[tuple[int, int, Pending]] = []  # a heap; withdrawn items leave it lazily
         self._avoided: Counter[str] = Counter()
         self._affinity: OrderedDict[Key, str] = OrderedDict()
@@ -301,8 +304,8 @@ class ProducerProtocol:
         if link.recalled:
             returned, link.credit, link.recalled = link.credit, 0, False
         depth = link.told_depth = self._depth_for(peer)
-        for start in range(0, max(len(items), 1), MAX_BATCH_ITEMS):
-            part = items[start : start + MAX_BATCH_ITEMS]
+        sizes = [item.size_bytes for item in items]
+        for part in batches(items, sizes, self._max_batch_bytes):
             link.serial += 1
             batch = ChannelBatch(
                 channel=self.channel,
@@ -311,8 +314,9 @@ class ProducerProtocol:
                 serial=link.serial,
                 items=tuple(ItemHead(i.sequence, i.attempt, i.priority, i.key) for i in part),
                 depth=depth,
-                returned=returned if start == 0 else None,
+                returned=returned,
             )
+            returned = None
             self._outgoing.append(Outgoing(peer, batch, [i.packed for i in part] or None))
 
     def _offer(self, peer: str, link: _Link) -> None:

@@ -28,11 +28,32 @@ duplicate and is dropped.
 The message classes are wire format: see `channels/messages.py`.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from channels.messages import Message
 
+MAX_BATCH_ITEMS = 256  # in one message
+MAX_BATCH_BYTES = 1 << 30  # of payloads in one message, unless it is one item
+
 Key = str | int | None
+T = TypeVar("T")
+
+
+def by_reference(payload: Any) -> tuple[Any, int]:
+    """The `pack` of ends in one process: the payload itself, its size unknown."""
+    return payload, 0
+
+
+def batches(items: Sequence[T], sizes: Sequence[int], max_bytes: int) -> Iterator[Sequence[T]]:
+    """Split items into what may be one message each, in order; where there are none, into one of none."""
+    start, total = 0, 0
+    for end, size in enumerate(sizes):
+        total += size
+        if end > start and (end - start >= MAX_BATCH_ITEMS or total > max_bytes):
+            yield items[start:end]
+            start, total = end, size
+    yield items[start:]
 
 
 class ProducerMessage(Message, frozen=True):

@@ -501,6 +501,26 @@ def test_item_over_the_limit_is_refused_where_it_is_put(run: Run, web: MakeWeb) 
     run(main)
 
 
+def test_items_that_exceed_the_limit_together_all_arrive(run: Run, web: MakeWeb) -> None:
+    """Put in one turn, and answered in one turn: no message is over the limit, up to its last byte."""
+
+    async def main() -> None:
+        w = web(max_payload_bytes=100_000)
+        producer, consumer = w.pair(bound=20, capacity=20)
+        sizes = [60_000] * 8 + [99_950, 100, 99_000]
+        with pytest.raises(TooLarge):
+            await producer.put([bytes(100_000)])
+        calls = [asyncio.create_task(producer.call(bytes(size))) for size in sizes]
+        items = [await consumer.get() for _ in sizes]
+        for item in items:
+            item.ack(item.payload)
+        assert [len(result) for result in await asyncio.gather(*calls)] == sizes
+        await producer.drained()
+        w.close()
+
+    run(main)
+
+
 def test_items_of_each_producer_keep_their_order(run: Run, web: MakeWeb) -> None:
     """Three producers at once, one consumer: each one's items come in the order they were put."""
 

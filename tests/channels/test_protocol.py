@@ -95,6 +95,44 @@ def results(producer: ProducerProtocol) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
+@pytest.mark.parametrize("handed_back", [False, True])
+def test_a_message_has_payloads_of_so_many_bytes_or_one(handed_back: bool) -> None:
+    """Items that were put at once, and results: in several messages, in their order, and none is left out."""
+    sizes = [40, 60, 1, 100, 250, 50, 50, 1, 0, 0]
+
+    def pack(payload: Any) -> tuple[Any, int]:
+        return payload, sizes[payload]
+
+    network = Network()
+    producer = network.producers["p"] = ProducerProtocol("c", 1000, 0, pack, max_batch_bytes=100)
+    consumer = network.consumers["a"] = ConsumerProtocol("c", 50, 1, pack, max_batch_bytes=100)
+    producer.add_consumer("a")
+    consumer.add_producer("p")
+    network.run()
+    for number in range(len(sizes)):
+        producer.put(number)
+    network.flush("p")
+    wanted = [[0, 1], [2], [3], [4], [5, 6], [7, 8, 9]]
+    line = network.lines["p", "a"]
+    assert [payload for message, payload in line if isinstance(message, ChannelBatch)] == wanted
+    network.run()
+    taken = [consumer.take() for _ in sizes]
+    for delivery in taken:
+        assert delivery is not None
+        if handed_back:
+            consumer.hand_back(delivery, delivery.payload)
+        else:
+            consumer.acknowledge(delivery, delivery.payload)
+    network.flush("a")
+    payloads = [payload for _, payload in network.lines["a", "p"]]
+    if handed_back:
+        assert payloads == [[None, [[n] for n in part]] for part in wanted]
+    else:
+        assert payloads == wanted
+        network.run()
+        assert [outcome.result for outcome in producer.outcomes] == list(range(len(sizes)))
+
+
 def test_result_of_the_acknowledgement_reaches_the_producer() -> None:
     """One item there, its result back."""
     network = introduced({"a": 4})
