@@ -509,7 +509,7 @@ def test_items_that_exceed_the_limit_together_all_arrive(run: Run, web: MakeWeb)
         producer, consumer = w.pair(bound=20, capacity=20)
         sizes = [60_000] * 8 + [99_950, 100, 99_000]
         with pytest.raises(TooLarge):
-            await producer.put([bytes(100_000)])
+            await producer.put([bytes(100_001)])
         calls = [asyncio.create_task(producer.call(bytes(size))) for size in sizes]
         items = [await consumer.get() for _ in sizes]
         for item in items:
