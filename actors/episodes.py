@@ -34,12 +34,16 @@ class Action:
 
     For text, `prompt` are the tokens that the turn's new messages became, and `tokens` what was sampled after them:
     the model's whole context is the concatenation of prompt and tokens of every turn so far, and is never tokenized
-    again. For robots `tokens` are the action tokens of the chunk, or empty where actions are continuous.
+    again. For robots `tokens` are the action tokens of the chunk, or empty where the policy has none, and `chunk` is
+    what the simulator runs.
+
+    What has a log-prob is a unit: a token, or where there are none a step of the chunk.
 
     prompt: int32 [prompt_tokens]      tokens: int32 [tokens]
-    logprobs: float32 [tokens], under the sampled-from distribution   versions: int32 [tokens], the policy version
-    mask: bool [tokens], False where a token or step is invalid and carries no loss
+    logprobs: float32 [units], under the sampled-from distribution   versions: int32 [units], the policy version
+    mask: bool [units], False where a token or step is invalid (a step that was not run) and carries no loss
     value: the critic's estimate at the observation, if there is a critic
+    chunk: float32 [steps, action], or int64 [steps] of discrete actions, in the simulator's units; None for text
     recompute: tensors that belong to the policy (a VLA's exact inputs, denoising states); nobody else reads them
     """
 
@@ -52,7 +56,13 @@ class Action:
     finish: str = "stop"  # "stop", "length"
     sampling: Sampling = field(default_factory=Sampling)
     value: float | None = None
+    chunk: NDArray[Any] | None = None
     recompute: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_units(self) -> int:
+        """What has a log-prob: tokens, or steps of the chunk."""
+        return len(self.logprobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +93,8 @@ class Segment:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the policy sampled in this segment."""
-        return sum(len(turn.action.tokens) for turn in self.turns)
+        """Tokens (or steps, of a policy without tokens) that the policy sampled in this segment."""
+        return sum(turn.action.num_units for turn in self.turns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,11 @@ from actors.algorithms.config import AlgorithmConfig
 from actors.conductor.config import GuardsConfig, JobSection, MetricsConfig
 from actors.config import Section
 from actors.env.config import EnvConfig
-from actors.models.config import ModelConfig
+from actors.models.config import ModelConfig, PolicyConfig
 from actors.rollout.config import RolloutConfig
 from actors.trainer.config import CheckpointConfig, TrainerConfig, WarmupConfig
+
+ENDLESS = 2**31  # turns: the simulator says when an episode is over
 
 
 class JobConfig(Section, frozen=True, kw_only=True):
@@ -17,6 +19,8 @@ class JobConfig(Section, frozen=True, kw_only=True):
     job: JobSection
     env: EnvConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    policy: PolicyConfig | None = None
+    """A policy that acts on arrays; [model] is not read then."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -24,3 +28,10 @@ class JobConfig(Section, frozen=True, kw_only=True):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    @property
+    def max_turns(self) -> int:
+        """Turns after which an episode is truncated."""
+        if self.env.max_turns is not None:
+            return self.env.max_turns
+        return 1 if self.policy is None else ENDLESS

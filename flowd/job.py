@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -101,7 +101,8 @@ def dump_job(config: JobConfig) -> str:
 
 
 def _sections(config: JobConfig) -> Iterable[tuple[str, msgspec.Struct]]:
-    return ((name, getattr(config, name)) for name in config.__struct_fields__)
+    sections = ((name, getattr(config, name)) for name in config.__struct_fields__)
+    return ((name, section) for name, section in sections if section is not None)
 
 
 def _apply(document: dict[str, Any], override: str, origin: Origin) -> None:
@@ -293,7 +294,12 @@ def _syntax_sentence(text: str, source: str, error: tomllib.TOMLDecodeError) -> 
     return f"{source}, {place}: not TOML, {reason}, in: {shown[:100]}"
 
 
+def _struct(type_: Any) -> Any:
+    """The section's class, also of a section that may be left out."""
+    return next((each for each in get_args(type_) if each is not type(None)), type_)
+
+
 _FIELDS: dict[str, dict[str, msgspec.structs.FieldInfo]] = {
-    section.name: {field.name: field for field in msgspec.structs.fields(section.type)}
+    section.name: {field.name: field for field in msgspec.structs.fields(_struct(section.type))}
     for section in msgspec.structs.fields(JobConfig)
 }

@@ -15,6 +15,7 @@ import msgspec
 from actors.algorithms.config import CHOICES as ALGORITHM_CHOICES
 from actors.algorithms.config import PAPERS, broken_rule
 from actors.job_config import JobConfig
+from actors.models.config import broken_rule as broken_policy_rule
 from flowd.errors import JobFileError
 from flowd.toml_text import value_text
 from sim.errors import SimError
@@ -128,6 +129,11 @@ def _check_task(config: JobConfig, require: Any) -> None:
 
 
 def _check_model(config: JobConfig, require: Any) -> None:
+    if config.policy is not None:
+        broken = broken_policy_rule(config.policy)
+        if broken is not None:
+            require(False, "policy", *broken)
+        return
     model = config.model
     if model.path is not None:
         folder = Path(model.path)
@@ -195,6 +201,8 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
 def _check_values(config: JobConfig, origin: Origin) -> None:
     """Numbers are finite, and values are of the types that the wire carries."""
     for section in config.__struct_fields__:
+        if getattr(config, section) is None:
+            continue
         for key, value in msgspec.structs.asdict(getattr(config, section)).items():
             for leaf in _leaves(value):
                 shown = f"{origin.where(section, key)}: [{section}] {key} holds {leaf}"

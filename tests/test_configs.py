@@ -88,11 +88,11 @@ def test_shipped_file_fits_its_task(path: Path, stand_ins: dict[str, Path | str]
     if hasattr(task, "conversations"):
         games = task.conversations(range(200))
         turns = max(sum(m.role == "assistant" for m in game) for game in games)
-        assert turns == config.env.max_turns
+        assert turns == config.max_turns
         assert config.env.args["max_guesses"] == config.env.max_turns
     else:
         assert task.examples([0])
-        assert config.env.max_turns == 1
+        assert config.max_turns == 1
     task.close()
 
 

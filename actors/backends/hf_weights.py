@@ -1,4 +1,4 @@
-"""The weights of a transformers model: replaced in place by name, moved off the device and back."""
+"""The weights of a model: replaced in place by name, moved off the device and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,15 @@ from channels.weights.delta import WeightsDelta
 
 
 class ModelWeights:
-    """The parameters of a model that lives on `device` while it is resident."""
+    """The parameters of a model that lives on `device` while it is resident.
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    buffers: the persistent ones are weights too
+    """
+
+    def __init__(self, model: Any, device: torch.device, *, buffers: bool = False) -> None:
         self._model = model
         self._device = device
+        self._buffers = buffers
         self.resident = True
         self._names: list[str] = []  # of the last full state: what a delta is to
         self._size_bytes = sum(tensor.nbytes for tensor in self._tensors())
@@ -26,7 +30,7 @@ class ModelWeights:
         Raises ValueError that names what is missing, unexpected, given twice or of another shape;
         nothing is copied then. Other dtypes are converted.
         """
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = self._named()
         canonical: dict[int, str] = {}  # a tied parameter goes by the first of its names
         for name, parameter in parameters.items():
             canonical.setdefault(id(parameter), name)
@@ -69,7 +73,7 @@ class ModelWeights:
         """
         if not self._names:
             raise WeightsMismatch("a delta came before any full state")
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = self._named()
         with torch.no_grad():
             delta.apply({name: parameters[name].data for name in self._names})
 
@@ -93,6 +97,16 @@ class ModelWeights:
     def memory_bytes(self) -> int:
         """Bytes of weights on the device; tied ones count once. Cheap: an actor asks at every stop."""
         return self._size_bytes if self.resident or self._device.type == "cpu" else 0
+
+    def _named(self) -> dict[str, Tensor]:
+        """What is loaded by name, tied ones under each of theirs."""
+        parameters: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
+        if not self._buffers:
+            return parameters
+        kept = self._model.state_dict(keep_vars=True)
+        return parameters | {
+            name: kept[name] for name, _ in self._model.named_buffers() if name in kept
+        }
 
     def _tensors(self) -> list[Tensor]:
         """Parameters and buffers, each once."""

@@ -16,12 +16,13 @@ import numpy as np
 
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
+from actors.env.arrays import as_run, check_fit
 from actors.env.hosts import open_hosts
 from actors.episodes import Action, Group, Int32, SampleRequest, Segment, Turn, TurnRequest
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.work import StageTimes
-from sim.contract import counted_seed
+from sim.contract import StepResult, counted_seed
 from sim.errors import SimError, WorkerLost
 
 
@@ -42,9 +43,16 @@ class Episode:
     def ended(self) -> bool:
         return self.terminated or self.truncated
 
-    def act(self, action: Action) -> None:
-        """Append the tokens of a turn to the history: exactly those the policy saw and sampled."""
-        self.history = np.concatenate([self.history, action.prompt, action.tokens])
+    def act(self, action: Action, result: StepResult) -> None:
+        """A turn is over. The tokens of a text join the history: exactly those the policy saw and sampled."""
+        if action.chunk is None:
+            self.history = np.concatenate([self.history, action.prompt, action.tokens])
+        else:
+            action = as_run(action, result)
+        self.turns.append(Turn(observation=self.observation, action=action, reward=result.reward))
+        self.observation = result.observation
+        self.info.update(result.info)
+        self.terminated, self.truncated = result.terminated, result.truncated
 
     def segment(self) -> Segment:
         return Segment(
@@ -79,6 +87,7 @@ class EnvActor(Actor):
             told=self._account,
         )
         self.env = self.hosts.env
+        check_fit(self.config.policy, self.env)
         self.step_seen = -1
         self.tickets = self.router.consumer("tickets", capacity=num_groups)
         self.requests = self.router.producer("requests", bound=num_groups, epoch=self.spec.epoch)
@@ -174,7 +183,7 @@ class EnvActor(Actor):
             Episode(sample, slot, observation)
             for sample, (slot, observation) in enumerate(zip(slots, observations, strict=True))
         ]
-        for turn in range(self.config.env.max_turns):
+        for turn in range(self.config.max_turns):
             await self._turn(ticket, turn, [e for e in episodes if not e.ended])
             if all(episode.ended for episode in episodes):
                 break
@@ -220,16 +229,12 @@ class EnvActor(Actor):
         if not acting:
             return
         results = await self.hosts.call(
-            "step", [e.slot for e, _ in acting], [action.text for _, action in acting]
+            "step",
+            [e.slot for e, _ in acting],
+            [action.text if action.chunk is None else action.chunk for _, action in acting],
         )
         for (episode, action), result in zip(acting, results, strict=True):
-            episode.turns.append(
-                Turn(observation=episode.observation, action=action, reward=result.reward)
-            )
-            episode.act(action)
-            episode.observation = result.observation
-            episode.info.update(result.info)
-            episode.terminated, episode.truncated = result.terminated, result.truncated
+            episode.act(action, result)
 
     def _account(self) -> None:
         state = "work" if self.hosts.busy else "wait_rollout" if self.playing else "wait_tickets"

@@ -22,7 +22,8 @@ class EnvConfig(Section, frozen=True, kw_only=True):
     """Processes of each env actor that host its slots; each answers when it is ready. 0: the actor's own thread."""
     step_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
     """A worker that takes longer for one step of its slots is killed, and its episodes are played again."""
-    max_turns: Annotated[int, Meta(ge=1)] = 1
-    """Turns after which an episode is truncated, unless the task ends it before."""
+    max_turns: Annotated[int, Meta(ge=1)] | None = None
+    """Turns after which an episode is truncated, unless the task ends it before. Left out it is 1 for text, and as many
+    as the simulator gives for a policy that acts on arrays."""
     python: str | None = None
     """Another interpreter for this stage; None is flowd's own."""

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from actors.models.action_policy import Acted, ActionPolicy, Observations, Read
+from actors.models.config import PolicyConfig, bounds
 from actors.models.distributions import Bounds, Categorical, Gaussian
 from actors.models.encoders import ImageEncoder, StateNormalizer, is_image
-from actors.models.policy_config import PolicyConfig, bounds
 from actors.models.running_moments import RunningMoments
 
 LOG_STD_RANGE = (-5.0, 2.0)  # of a deviation that the network says; exp of more is no use to anyone

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 
 from actors.models.action_policy import ActionPolicy
-from actors.models.policy_config import PolicyConfig
+from actors.models.config import PolicyConfig
 
 BUILT_IN = {
     "actor_critic": "actors.models.actor_critic:ActorCritic",

@@ -9,8 +9,9 @@ LEAST_STD = 1e-4  # a dimension that never changes is not blown up
 class RunningMoments(nn.Module):
     """Before anything was seen the mean is 0 and the deviation 1. size: numbers in a row
 
-    Counts, sums and sums of squares add up over batches and ranks, in float64; they are kept about the mean, so that a
-    large mean costs no digits (Chan, Golub, LeVeque 1979, equation 1.5).
+    Counts, sums and sums of squares add up over batches and ranks, in float64. They are taken about the mean of what
+    was seen before, so that after the first batch a large mean costs no digits (Chan, Golub, LeVeque 1983,
+    doi:10.1080/00031305.1983.10483115).
     """
 
     count: Tensor

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from actors.models.action_policy import Acted, ActionPolicy, Observations, Read
+from actors.models.config import PolicyConfig, bounds
 from actors.models.distributions import Bounds, Categorical
 from actors.models.encoders import StateNormalizer, is_image
-from actors.models.policy_config import PolicyConfig, bounds
 from actors.models.running_moments import RunningMoments
 
 BYTES = 256

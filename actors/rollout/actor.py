@@ -16,6 +16,7 @@ from typing import Any
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
 from actors.episodes import Action
+from actors.rollout.array_sampler import ArraySampler
 from actors.rollout.text_sampler import TextSampler
 from actors.rollout.work import Sampler, Work
 from channels.channel import Item
@@ -54,7 +55,8 @@ class RolloutActor(Actor):
 
     def _build(self) -> Sampler:
         device = "cuda" if self.spec.devices[0].startswith("cuda") else "cpu"
-        return TextSampler(self.config, device=device, counters=self.counters)
+        kind = TextSampler if self.config.policy is None else ArraySampler
+        return kind(self.config, device=device, counters=self.counters)
 
     async def run(self) -> None:
         """Generate while there is something to generate."""

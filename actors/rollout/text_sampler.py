@@ -11,15 +11,13 @@ import numpy as np
 from actors.backends.contract import Generation, GenerationEngine, GenerationRequest, Policy
 from actors.episodes import Action, Int32, Sampling, TurnRequest
 from actors.job_config import JobConfig
-from actors.randomness import fold
-from actors.rollout.work import Advanced, Work
+from actors.rollout.work import Advanced, Work, sample_key
 
 if TYPE_CHECKING:
     import torch
 
     from channels.weights.delta import WeightsDelta
 
-KEY_OF_SAMPLE = 2  # purpose of the key that a turn's draws come from
 SAMPLED = ("sampled", "sampled_logprobs", "sampled_versions")
 ADVANCE_S = 0.05  # engine steps between two looks at the mailbox
 
@@ -237,13 +235,7 @@ class TextSampler:
                 request_id=self._next_id,
                 context=context,
                 max_new_tokens=config.max_new_tokens,
-                key=fold(
-                    self._config.job.seed,
-                    KEY_OF_SAMPLE,
-                    work.request.group,
-                    sample.sample,
-                    work.request.turn,
-                ),
+                key=sample_key(self._config.job.seed, work.request, sample.sample),
                 sampling=self._sampling,
                 stop_tokens=self.policy.stop_tokens,
                 batch=work.order if self._config.job.deterministic else None,

@@ -6,12 +6,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.episodes import Action, TurnRequest
+from actors.randomness import fold
 from channels.channel import Item
 
 if TYPE_CHECKING:
     import torch
 
     from channels.weights.delta import WeightsDelta
+
+KEY_OF_SAMPLE = 2  # purpose of the key that a turn's draws come from
+
+
+def sample_key(job_seed: int, request: TurnRequest, sample: int) -> int:
+    """The key of all draws of one sample in one turn."""
+    return fold(job_seed, KEY_OF_SAMPLE, request.group, sample, request.turn)
 
 
 @dataclass
