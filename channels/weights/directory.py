@@ -97,7 +97,7 @@ class Publication:
         layout: Layout,
         space: Space,
         tensors: "Mapping[str, torch.Tensor]",
-        before: "Mapping[str, torch.Tensor] | None",
+        before: "tuple[VersionName, Mapping[str, torch.Tensor]] | None",
         held: ExitStack,
     ) -> None:
         self.path = space.path
@@ -122,16 +122,19 @@ class Publication:
         self.tensors[name].copy_(tensor.detach())
         self._compare(name)  # while it is in the cache
 
-    def finish(self) -> WeightsPublished:
-        """Show the version, complete: every tensor has been written, by whomever."""
+    def finish(self, changes: tuple[VersionName, WeightsDelta] | None = None) -> WeightsPublished:
+        """Show the version, complete: every tensor has been written, by whomever.
+
+        changes: a delta that led here, and the version it started from, to be shown beside it
+        """
         for name in self.layout.places:
             self._compare(name)
-        delta = None
-        if self._comparison is not None and self._comparison.worthwhile:
-            delta = self._comparison.delta(self.tensors)
+        if self._before is not None and self._comparison is not None:
+            if self._comparison.worthwhile:
+                changes = self._before[0], self._comparison.delta(self.tensors)
         self._space.become(self._target.path)
         self._held.close()  # the base of the delta may be written over again
-        return self._directory.shown(self._target, self.layout, delta)
+        return self._directory.shown(self._target, self.layout, changes)
 
     def drop(self) -> None:
         """Give the version up, unless it is shown."""
@@ -142,7 +145,7 @@ class Publication:
         if self._comparison is None or self._before is None or name in self._compared:
             return
         self._compared.add(name)
-        self._comparison.add(name, self.tensors[name], self._before[name])
+        self._comparison.add(name, self.tensors[name], self._before[1][name])
 
 
 class WeightsDirectory:
@@ -219,32 +222,37 @@ class WeightsDirectory:
             return Publication(self, target, layout, space, tensors, before, stack.pop_all())
 
     def shown(
-        self, written: Version, layout: Layout, delta: WeightsDelta | None
+        self, written: Version, layout: Layout, changes: tuple[VersionName, WeightsDelta] | None
     ) -> WeightsPublished:
         """A publication is in sight: add its delta, delete what goes."""
         self._versions.delete_others(written)
-        delta_bytes = 0
-        if delta is not None and self._last is not None:
-            delta_bytes = self._write_delta(written, self._last.name, delta)
-        adapter = written.base is not None
+        base, delta_bytes = written.base, 0
+        if changes is not None:
+            delta_bytes = self._write_delta(written, *changes)
+            base = changes[0] if delta_bytes else None
         published = WeightsPublished(
             run_attempt=written.name[0],
             policy_version=written.name[1],
             path=str(written.path),
             size_bytes=layout.size_bytes,
-            variant="adapter" if adapter else "delta" if delta_bytes else "full",
+            variant="adapter" if written.base else "delta" if delta_bytes else "full",
             variant_bytes=delta_bytes or layout.size_bytes,
-            base=written.base if delta is None or self._last is None else self._last.name,
+            base=base,
         )
-        if not adapter:
+        if written.base is None:
             self._last = written
         self._versions.delete_beyond(self.keep)
         self._written.forget_others(self.paths)
         return published
 
-    def newest(self) -> WeightsPublished | None:
-        """The newest version there is, by run attempt and then by version; None before the first."""
+    def newest(self, *, full: bool = False) -> WeightsPublished | None:
+        """The newest version there is, by run attempt and then by version; None before the first.
+
+        full: adapters do not count
+        """
         for found in sorted(self._versions, reverse=True):
+            if full and found.base is not None:
+                continue
             try:
                 size_bytes = found.path.stat().st_size
             except FileNotFoundError:
@@ -283,12 +291,25 @@ class WeightsDirectory:
         if delta is not None:
             yield delta
             return
-        try:
-            borrowed = Borrowed(self._versions.find(name).path, self._read)
-        except FileNotFoundError as error:
-            raise self._versions.gone(name) from error
-        with borrowed:
+        with self.lend(name) as borrowed:
             yield borrowed.tensors
+
+    def lend(self, name: VersionName, held: VersionName | None = None) -> Borrowed:
+        """The file itself of a version or, with `held`, of the delta from there: for `with`, as in `borrow`.
+
+        Raises VersionGone, also for a delta that there is not.
+        """
+        path = self._versions.find(name).path if held is None else self._versions.delta(name, held)
+        try:
+            if path is not None:
+                return Borrowed(path, self._read)
+        except FileNotFoundError:
+            pass
+        raise self._versions.gone(name)
+
+    def has_delta(self, name: VersionName, held: VersionName) -> bool:
+        """Whether there are the changes from one version to another."""
+        return self._versions.delta(name, held) is not None
 
     def clear(self) -> None:
         """Delete every version and what a publisher that died left behind."""
@@ -309,7 +330,7 @@ class WeightsDirectory:
 
     def _base_of_delta(
         self, layout: Layout, stack: ExitStack
-    ) -> "Mapping[str, torch.Tensor] | None":
+    ) -> "tuple[VersionName, Mapping[str, torch.Tensor]] | None":
         """The version published before, to compare with; None if there is to be no delta."""
         if self.variant == "full" or self._last is None:
             return None
@@ -317,7 +338,9 @@ class WeightsDirectory:
             borrowed = stack.enter_context(Borrowed(self._last.path, self._read))
         except FileNotFoundError:
             return None
-        return borrowed.tensors if same_layout(borrowed.layout.places, layout.places) else None
+        if not same_layout(borrowed.layout.places, layout.places):
+            return None
+        return self._last.name, borrowed.tensors
 
     def _make_room(
         self, layout: Layout, reused: Space | None

@@ -109,10 +109,14 @@ def lay_out(tensors: Mapping[str, Sized], metadata: Mapping[str, str]) -> Layout
     return Layout(header, dict(metadata), places, start)
 
 
-def read_layout(buffer: memoryview, source: object) -> Layout:
-    """What the file in `buffer` says of itself. Raises BadFrame, naming `source`, unless all of it lies inside."""
+def read_layout(buffer: memoryview, source: object, size_bytes: int | None = None) -> Layout:
+    """What the file in `buffer` says of itself. Raises BadFrame, naming `source`, unless all of it lies inside.
+
+    size_bytes: of the whole file, where the buffer is only its beginning
+    """
     import torch
 
+    size_bytes = len(buffer) if size_bytes is None else size_bytes
     size = struct.unpack_from("<Q", buffer)[0] if len(buffer) >= 8 else 0
     if not 2 <= size <= min(MAX_HEADER_BYTES, len(buffer) - 8):
         raise BadFrame(f"{source} is not a safetensors file")
@@ -131,11 +135,11 @@ def read_layout(buffer: memoryview, source: object) -> Layout:
             raise BadFrame(f'{source}: weights "{name}" have the unknown dtype {entry.dtype}')
         dtype: torch.dtype = getattr(torch, DTYPES[entry.dtype])
         first, last = entry.data_offsets
-        fits = 0 <= first <= last <= len(buffer) - len(header) and min(entry.shape, default=0) >= 0
+        fits = 0 <= first <= last <= size_bytes - len(header) and min(entry.shape, default=0) >= 0
         if not fits or last - first != math.prod(entry.shape) * dtype.itemsize:
             raise BadFrame(f'{source}: weights "{name}" do not lie where the header says')
         places[name] = Place(dtype, entry.shape, len(header) + first, last - first)
-    return Layout(header, metadata, places, len(buffer))
+    return Layout(header, metadata, places, size_bytes)
 
 
 def views(buffer: object, places: Mapping[str, Place]) -> "dict[str, torch.Tensor]":
