@@ -156,6 +156,8 @@ class TurnRequest:
     """What an env actor asks of a rollout actor: an action for every sample of a group that goes on.
 
     version: sampled with exactly this policy version if `exact`, else with at least it
+    sampling: the transform to sample with; None is the job's
+    key: what the draws of each sample and turn are keyed by; None is the job's seed and the group
     """
 
     group: int
@@ -165,3 +167,5 @@ class TurnRequest:
     version: int
     exact: bool
     samples: tuple[SampleRequest, ...]
+    sampling: Sampling | None = None
+    key: int | None = None

@@ -3,7 +3,7 @@
 from msgspec import field
 
 from actors.algorithms.config import AlgorithmConfig
-from actors.conductor.config import GuardsConfig, JobSection, MetricsConfig
+from actors.conductor.config import EvalConfig, GuardsConfig, JobSection, MetricsConfig
 from actors.config import Section
 from actors.env.config import EnvConfig
 from actors.models.config import ModelConfig, PolicyConfig
@@ -26,6 +26,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 

@@ -16,16 +16,25 @@ import matplotlib.pyplot as plt
 WINDOW = 5
 
 
-def read(run_dir: Path) -> tuple[list[float], list[float], float]:
-    """Seconds since the run began, rewards (mean of up to WINDOW steps), and seconds before the first step."""
+def read(run_dir: Path) -> tuple[list[float], list[float], float, list[tuple[float, float]]]:
+    """Seconds since the run began, rewards (mean of up to WINDOW steps), seconds before the first step, and of each
+    evaluation its seconds and mean reward.
+    """
     began = (run_dir / "job.toml").stat().st_mtime
-    lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    every = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in every if "reward_mean" in line]
+    evaluations = [
+        (line["time"] - began, line["eval_reward_mean"])
+        for line in every
+        if "eval_reward_mean" in line
+    ]
     rewards = [line["reward_mean"] for line in lines]
     smooth = [
         sum(rewards[max(0, i - WINDOW + 1) : i + 1]) / len(rewards[max(0, i - WINDOW + 1) : i + 1])
         for i in range(len(rewards))
     ]
-    return [line["time"] - began for line in lines], smooth, lines[0]["time"] - began
+    seconds = [line["time"] - began for line in lines]
+    return seconds, smooth, seconds[0], evaluations
 
 
 def main() -> int:
@@ -36,8 +45,10 @@ def main() -> int:
     args = parser.parse_args()
     figure, axes = plt.subplots(figsize=(7.5, 4), dpi=120)
     for seed, run in enumerate(args.runs):
-        seconds, rewards, first = read(run)
+        seconds, rewards, first, evaluations = read(run)
         (line,) = axes.plot(seconds, rewards, label=f"seed {seed}")
+        if evaluations:
+            axes.plot(*zip(*evaluations, strict=True), "o", color=line.get_color(), markersize=4)
         axes.axvspan(0, first, color=line.get_color(), alpha=0.06)
     axes.axhline(0.9, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("seconds since submit (shaded: supervised warm-up)")

@@ -65,7 +65,8 @@ def _rewards(metrics: Path) -> list[tuple[int, float]]:
     by_step: dict[int, float | None] = {}
     for text in metrics.read_text().splitlines():
         line = json.loads(text)
-        by_step[int(line["step"])] = line["reward_mean"]
+        if "reward_mean" in line:  # else it is an evaluation's
+            by_step[int(line["step"])] = line["reward_mean"]
     return sorted((step, reward) for step, reward in by_step.items() if reward is not None)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -109,6 +110,8 @@ class LineView(JsonView):
             hint(f'job "{self.watched.name}" {self.watched.state}')
         if update["event"] == "step":
             print(step_line(self.watched), flush=True)
+        elif update["event"] == "eval":
+            print(evaluation_line(update, len(str(self.watched.steps))), flush=True)
         elif update["event"] in NEWS:
             hint(news_line(update))
 
@@ -126,7 +129,10 @@ class LiveView(JsonView):
         self.watched.apply(update)
         if update["event"] in NEWS:
             self._live.console.print(news_line(update), markup=False, highlight=False)
-        if update["event"] in ("step", "job", "status"):
+        elif update["event"] == "eval":
+            line = evaluation_line(update, len(str(self.watched.steps)))
+            self._live.console.print(line, markup=False, highlight=False)
+        if update["event"] in ("step", "eval", "job", "status"):
             self._live.refresh()
 
     def __enter__(self) -> Self:
@@ -162,6 +168,27 @@ def step_line(watched: Watched) -> str:
     return "  ".join(pairs) + (f"  [{times}]" if times else "")
 
 
+def evaluation_line(update: Mapping[str, Any], width: int) -> str:
+    """One evaluation in a line: of the policy after `step` steps, with 95 % intervals."""
+    pairs = [f"eval step={update['step']:>{width}}"]
+    for name, key, bounds in (
+        ("reward", "eval_reward_mean", "eval_reward"),
+        ("greedy", "eval_greedy", "eval_greedy"),
+    ):
+        if key in update:
+            interval = ""
+            if update.get(f"{bounds}_low") is not None:
+                low, high = number(update[f"{bounds}_low"]), number(update[f"{bounds}_high"])
+                interval = f" [{low}, {high}]"
+            pairs.append(f"{name}={number(update[key])}{interval}")
+    rates = [key for key in update if key.startswith("eval_pass_at_")]
+    if "eval_reward_mean" in update and rates:
+        pairs.append(f"pass@{rates[-1].removeprefix('eval_pass_at_')}={number(update[rates[-1]])}")
+    pairs.append(f"problems={update['eval_problems']}")
+    pairs.append(f"seconds={number(update.get('eval_seconds'), 2)}")
+    return "  ".join(pairs)
+
+
 def news_line(update: Update) -> str:
     """What happened, in a line; tracebacks are left to the end of the job."""
     shown = {
@@ -179,11 +206,20 @@ def live_table(watched: Watched) -> Any:
 
     metrics = watched.metrics
     table = Table(title=f"{watched.name}: {watched.state}", title_justify="left", min_width=64)
-    for header in ("step", "reward", "staleness", "tokens/s", "seconds"):
+    evaluated = watched.evaluation
+    for header in (
+        "step",
+        "reward",
+        *(["eval"] if evaluated else []),
+        "staleness",
+        "tokens/s",
+        "seconds",
+    ):
         table.add_column(header, justify="right")
     table.add_row(
         f"{watched.step}/{watched.steps}",
         number(metrics.get("reward_mean")),
+        *([number(evaluated["eval_score"])] if evaluated else []),
         str(metrics.get("staleness_max", "-")),
         number(tokens_per_s(metrics), 0),
         number(metrics.get("seconds"), 2),

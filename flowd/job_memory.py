@@ -99,12 +99,13 @@ class JobMemory:
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """The last line of a metrics.jsonl, read from its end."""
+    """The last step's line of a metrics.jsonl, read from its end; lines of evaluations are passed over."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 16384))
             lines = file.read().splitlines()
-        return dict(json.loads(lines[-1])) if lines else {}
+        steps = (line for line in reversed(lines) if b'"policy_version"' in line)
+        return dict(json.loads(next(steps, b"{}")))
     except (OSError, ValueError):
         return {}

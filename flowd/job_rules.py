@@ -4,7 +4,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +14,7 @@ import msgspec
 
 from actors.algorithms.config import CHOICES as ALGORITHM_CHOICES
 from actors.algorithms.config import PAPERS, broken_rule
+from actors.conductor.config import evaluates, evaluation_env
 from actors.job_config import JobConfig
 from actors.models.config import broken_rule as broken_policy_rule
 from flowd.errors import JobFileError
@@ -61,6 +62,9 @@ def resolve_paths(config: JobConfig) -> JobConfig:
     interpreter when followed.
     """
     sections: dict[str, Any] = {}
+    if any(_paths(config.eval.args)):
+        args = _with_absolute_paths(config.eval.args)
+        sections["eval"] = msgspec.structs.replace(config.eval, args=args)
     if config.model.path is not None:
         sections["model"] = msgspec.structs.replace(config.model, path=_absolute(config.model.path))
     if any(_paths(config.env.args)):
@@ -91,7 +95,10 @@ def check_rules(config: JobConfig, origin: Origin) -> None:
         # What is left out of [algorithm] is as the algorithm's paper has it.
         if value is not None:
             require(value in known, section, key, f"is not known; {_near(value, known)}")
-    _check_task(config, require)
+    if config.job.steps:
+        _check_task("env", config.env.task, config.env.args, require)
+    if evaluates(config.job, config.eval):
+        _check_evaluation(config, require)
     _check_model(config, require)
     _check_sizes(config, require)
     for stage in STAGES_WITH_PYTHON:
@@ -105,27 +112,59 @@ def check_rules(config: JobConfig, origin: Origin) -> None:
         )
 
 
-def _check_task(config: JobConfig, require: Any) -> None:
-    task = config.env.task
+def _check_evaluation(config: JobConfig, require: Any) -> None:
+    evaluation, max_running = config.eval, config.rollout.max_running
+    require(
+        evaluation.k > 0 or evaluation.greedy,
+        "eval",
+        "k",
+        "with greedy = false leaves nothing to evaluate; give k = 1 or more, or greedy = true",
+    )
+    require(
+        evaluation.k <= max_running,
+        "eval",
+        "k",
+        f"does not fit [rollout] max_running = {max_running}: one engine samples a problem's k side by side; "
+        f"use at most {max_running}, or raise max_running",
+    )
+    require(
+        config.job.steps > 0 or config.warmup.steps == 0,
+        "warmup",
+        "steps",
+        "needs a trainer, and job.steps = 0 has none: the model is evaluated as it is; set warmup.steps = 0",
+    )
+    section = "eval" if evaluation.task else "env"
+    task = evaluation.task or config.env.task
+    if _is_text_task(task):
+        _check_task(section, *evaluation_env(config.env, evaluation), require)
+    else:
+        _check_task(section, task, evaluation.args, require)
+
+
+def _is_text_task(task: str) -> bool:
+    return TASKS.get(task, "").startswith(TEXT_TASKS)
+
+
+def _check_task(section: str, task: str, args: Mapping[str, Any], require: Any) -> None:
     require(
         task in TASKS or IMPORT_PATH.fullmatch(task) is not None,
-        "env",
+        section,
         "task",
         f"is not a task; {_near(task, TASKS)}; or write an import path, module:Class",
     )
-    for path in _paths(config.env.args):
+    for path in _paths(args):
         require(
             os.path.exists(path),
-            "env",
+            section,
             "args",
             f"names a file that does not exist: {path}; "
             "relative paths are taken from the working directory",
         )
-    if TASKS.get(task, "").startswith(TEXT_TASKS):
+    if _is_text_task(task):
         try:
-            check_arguments(task, config.env.args)
+            check_arguments(task, args)
         except SimError as error:
-            require(False, "env", "args" if config.env.args else "task", f"does not fit: {error}")
+            require(False, section, "args" if args else "task", f"does not fit: {error}")
 
 
 def _check_model(config: JobConfig, require: Any) -> None:
@@ -160,7 +199,9 @@ def _check_model(config: JobConfig, require: Any) -> None:
 def _check_sizes(config: JobConfig, require: Any) -> None:
     rollout = config.rollout
     require(
-        not (PAPERS[config.algorithm.name].compares and rollout.group_size == 1),
+        not (
+            config.job.steps and PAPERS[config.algorithm.name].compares and rollout.group_size == 1
+        ),
         "rollout",
         "group_size",
         f"gives zero advantage everywhere, so nothing is learned: {config.algorithm.name} compares the "

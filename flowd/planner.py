@@ -96,7 +96,7 @@ def plan(
         raise PlanError(f"[job] mode = {mode!r} is not a mode: use {_nearest(mode, MODES)}")
     occupied = occupied or {}
     idle = [device.id for device in devices if device.id not in occupied]
-    rollout, trainer = config.rollout.devices, config.trainer.devices
+    rollout, trainer = config.rollout.devices, trainer_devices(config)
     collocated = mode == "collocated"
     asked = max(rollout, trainer) if collocated else rollout + trainer
     if asked > len(idle):
@@ -113,9 +113,14 @@ def plan(
     replicas = (
         *(builder.make("env", ()) for _ in range(config.env.actors)),
         *(builder.make("rollout", (device,)) for device in sorted(on_rollout, key=device_order)),
-        builder.make("trainer", on_trainer),
+        *([builder.make("trainer", on_trainer)] if trainer else []),
     )
     return Plan(mode=mode, replicas=replicas, next_index=builder.next_index)
+
+
+def trainer_devices(config: JobConfig) -> int:
+    """Devices of the trainer; a job of no steps has none."""
+    return config.trainer.devices if config.job.steps else 0
 
 
 def plan_scale(
@@ -309,8 +314,10 @@ def _too_few(
     idle: Sequence[str],
     occupied: Mapping[str, str],
 ) -> str:
-    rollout, trainer = config.rollout.devices, config.trainer.devices
-    if config.job.mode == "collocated":
+    rollout, trainer = config.rollout.devices, trainer_devices(config)
+    if not trainer:
+        need, fits = f"[rollout] devices = {rollout}", f"set it to {len(idle)}"
+    elif config.job.mode == "collocated":
         need = f"max([rollout] devices = {rollout}, [trainer] devices = {trainer}) = {asked}"
         fits = f"set both to at most {len(idle)}"
     else:
@@ -321,7 +328,8 @@ def _too_few(
             fits += f', or [job] mode = "collocated" (needs {shared})'
     holders = Counter(occupied[device.id] for device in devices if device.id in occupied)
     held = "".join(f"; {who} holds {count}" for who, count in sorted(holders.items()))
-    out = fits if len(idle) >= (1 if config.job.mode == "collocated" else 2) else "free some"
+    least = 1 if config.job.mode == "collocated" or not trainer else 2
+    out = fits if len(idle) >= least else "free some"
     return (
         f'job "{config.job.name}": {config.job.mode} needs {need} devices, and of '
         f"{len(devices)} present {_listed(idle)}{held}: {out}, "

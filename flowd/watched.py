@@ -35,6 +35,7 @@ class Watched:
     reason: str = ""
     error: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     actors: dict[str, dict[str, Any]] = field(default_factory=dict)
     recent: deque[dict[str, Any]] = field(default_factory=deque)
 
@@ -56,6 +57,8 @@ class Watched:
                     if len(self.recent) == 1:
                         break
                     self.recent.popleft()
+            case "eval":
+                self.evaluation = update
             case "actor":
                 self.actors[update["name"]] = update
             case "job":

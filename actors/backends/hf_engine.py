@@ -26,6 +26,7 @@ class HFGenerationEngine:
     max_running: sequences inside at one time, waiting ones and idle rows of fixed batches included
     max_context_tokens: context and sampled tokens at which a sequence ends with "length"
     pad_token: fills prefill batches; any token of the vocabulary
+    version: of the weights that the model has; -1 where others are loaded before anything is asked
 
     Each `step` runs one decode forward for all rows and before it, when there are new requests, one
     prefill (several when they are long). Requests that carry a `batch` number run in a batch of
@@ -45,6 +46,7 @@ class HFGenerationEngine:
         pad_token: int,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        version: int = -1,
     ) -> None:
         self._device = torch.device(device)
         model.eval().requires_grad_(False).to(device=self._device, dtype=dtype)
@@ -84,7 +86,7 @@ class HFGenerationEngine:
         self._sealed_batches: deque[tuple[int, list[GenerationRequest]]] = deque()
         self._running_batch: int | None = None
         self._request_ids: set[int] = set()
-        self._version = -1
+        self._version = version
 
     @property
     def num_running(self) -> int:
@@ -99,7 +101,7 @@ class HFGenerationEngine:
 
     @property
     def version(self) -> int:
-        """The policy version of the weights in use; -1 before the first `load_weights`."""
+        """The policy version of the weights in use; -1 before the first, unless the model came with one."""
         return self._version
 
     def can_admit(self, request: GenerationRequest) -> bool:

@@ -1,8 +1,9 @@
 """The conductor: one per job. Owns what is issued, the policy clock and the ledger; touches no tensor.
 
 It tells env actors which groups to play, admits finished groups to steps, passes new policy versions on to rollout
-actors, and keeps the ledger in line with the trainer's commits. A trainer that comes back after a crash takes the job
-back to its last commit: a new run attempt begins, and whatever the commit does not contain is issued again.
+actors, has policies evaluated, and keeps the ledger in line with the trainer's commits. A trainer that comes back after
+a crash takes the job back to its last commit: a new run attempt begins, and whatever the commit does not contain is
+issued again.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from typing import Any
 
 from actors.actor import Actor
 from actors.conductor.batches import Batch, Batches, Decision
+from actors.conductor.evaluating import Evaluated, Evaluator, recorded_evaluations
 from actors.conductor.filtering import GroupFilter
 from actors.conductor.guards import Guards, no_progress
 from actors.conductor.issuing import Issue, Issuer
@@ -71,12 +73,25 @@ class ConductorActor(Actor):
         self.metrics = await self.blocking(
             MetricsWriter, self.run_dir, tensorboard=self.config.metrics.tensorboard
         )
+        self.evaluations = self.router.producer(
+            "evaluations", bound=4 * self.config.eval.problems, epoch=self.spec.epoch
+        )
+        self.evaluator = Evaluator(
+            self.config,
+            self.run_dir,
+            self.evaluations,
+            self.metrics,
+            done=lambda evaluated: self.inbox.put_nowait(("", evaluated)),
+            progressed=lambda: self.progress.set(),
+        )
         self.trainer: Introduce | None = None
         self.newest: WeightsPublished | None = None
         self.run_attempt = -1  # the first BeginRun makes it 0, or one more than the ledger knows
         self.rewards: list[float] = []  # mean reward of each step, for stop_reward
         self.ended: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self.finishing: tuple[str, str] | None = None  # waits for the last commit
+        self.committed_step = -1
+        self.unsaid: StepRecorded | None = None  # that the trainer was not told yet
         self.handing_over: str | None = None
         self.handed_over = False
         self.progress = asyncio.Event()
@@ -84,16 +99,21 @@ class ConductorActor(Actor):
         self.stage_seconds = StageSeconds()
         self.calls: dict[str, InCall] = {}  # answers to AskCall
         self.called = asyncio.Event()
-        self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+        self.inbox: asyncio.Queue[tuple[str, Message | Evaluated]] = asyncio.Queue()
 
     async def run(self) -> None:
         """Work through messages in the order they came, until the job is over."""
         async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(self._watch_progress())
-            work = tasks.create_task(self._work())
+            beside = [
+                tasks.create_task(self._watch_progress()),
+                tasks.create_task(self.evaluator.run()),
+                tasks.create_task(self._work()),
+            ]
+            if not self.config.job.steps:
+                await self._only_evaluate()
             state, reason = await self.ended
-            watch.cancel()
-            work.cancel()
+            for task in beside:
+                task.cancel()
         await self.blocking(self.ledger.cancel_open)  # after what the worker may still be writing
         self.endpoint.send(FLOWD, JobFinished(job=self.spec.job, state=state, reason=reason))
 
@@ -109,6 +129,7 @@ class ConductorActor(Actor):
         """Env actors take tickets; a late rollout actor gets the newest weights; a trainer will say where it stands."""
         if peer.kind == "env":
             self.tickets.add_consumer(peer.peer)
+            self.evaluations.add_consumer(peer.peer)
         elif peer.kind == "rollout" and self.newest is not None:
             self.endpoint.send(peer.peer, self.newest)
 
@@ -116,6 +137,7 @@ class ConductorActor(Actor):
         """Tickets of a dead env actor go to another; a dead trainer's groups wait for its successor."""
         if peer.kind == "env":
             self.tickets.remove_consumer(peer.peer)
+            self.evaluations.remove_consumer(peer.peer)
         elif self.trainer is not None and peer.peer == self.trainer.peer:
             self.trainer = None
 
@@ -142,6 +164,8 @@ class ConductorActor(Actor):
                     await self._step_done(message)
                 case Committed():
                     await self._committed(message)
+                case Evaluated():
+                    await self._evaluated(message)
                 case StageTimes():
                     self.stage_seconds.told[sender] = message.seconds
                 case HandOver():
@@ -167,6 +191,9 @@ class ConductorActor(Actor):
         self.tickets.cancel(lambda pending: True)
         if begun_before:
             del self.rewards[len(self.rewards) - (self.issuer.version - ready.step) :]
+        self.committed_step, self.unsaid = ready.step, None
+        recorded = await self.blocking(recorded_evaluations, self.run_dir)
+        self.evaluator.begin_run(self.run_attempt, recorded)
         self.issuer.restore(ready.step, self.ledger.next_group(), self.ledger.open_groups())
         if begun_before or rolled_back:
             self.event(
@@ -186,8 +213,10 @@ class ConductorActor(Actor):
         self.finishing = None  # the steps that were to be the last may have been rolled back
         self.newest = None
         if ready.step >= self.config.job.steps:
-            self._end("done", f"all {self.config.job.steps} steps were already trained")
-            return
+            self.finishing = ("done", f"all {self.config.job.steps} steps were already trained")
+            if not self.evaluator.is_due(ready.step):
+                self._end(*self.finishing)
+                return
         self._tell_trainer(BeginRun(run_attempt=self.run_attempt, step=ready.step))
         self.step_began = time.monotonic()
         self.progress.set()
@@ -199,6 +228,8 @@ class ConductorActor(Actor):
         self.newest = message
         for rollout in self.peers_of("rollout"):
             self.endpoint.send(rollout.peer, message)
+        if self.evaluator.is_due(message.policy_version):
+            self.evaluator.start(message.policy_version)
         if first:
             await self._issue()
 
@@ -208,6 +239,9 @@ class ConductorActor(Actor):
             return
         if self.handing_over is not None and not self.issuer.has_arrived(self.issuer.version):
             return
+        evaluated = self.evaluator.oldest
+        if evaluated is not None and self.issuer.version > evaluated:
+            return  # its weights would be gone before it is complete
         issues = self.issuer.due(ahead=self.handing_over is None)
         if not issues:
             return
@@ -308,7 +342,8 @@ class ConductorActor(Actor):
         line = self._line(message, batch)
         self.rewards.append(line["reward_mean"])
         await self.blocking(self.metrics.write, line)
-        self._tell_trainer(StepRecorded(run_attempt=self.run_attempt, step=message.step))
+        self.unsaid = StepRecorded(run_attempt=self.run_attempt, step=message.step)
+        self._tell_recorded()
         self.event("step", **line)
         rewards = [reward for group in batch.sampled for reward in group.rewards]
         stopped = self.guards.check(message.metrics, rewards)
@@ -335,6 +370,46 @@ class ConductorActor(Actor):
             await self._issue()
             await self._carry_out(self.batches.decide(self.issuer.version), self.issuer.version)
 
+    def _tell_recorded(self) -> None:
+        """A commit may contain the steps that are recorded, but none beyond a version that is still evaluated."""
+        evaluated = self.evaluator.oldest
+        if self.unsaid is not None and (evaluated is None or self.unsaid.step < evaluated):
+            self._tell_trainer(self.unsaid)
+            self.unsaid = None
+
+    async def _evaluated(self, message: Evaluated) -> None:
+        """An evaluation is complete: record it, and go on with what waited for it."""
+        if not self.evaluator.counts(message):
+            return
+        line = await self.blocking(self.evaluator.record, message)
+        self.evaluator.recorded(message)
+        self.event("eval", **line)
+        self._tell_recorded()
+        if self.finishing is not None:
+            self._end_when_settled()
+        else:
+            await self._issue()
+
+    async def _only_evaluate(self) -> None:
+        """A job without steps: its rollout actors have the weights."""
+        self.run_attempt = self.ledger.last_run_attempt() + 1
+        self.ledger.reconcile(None, self.run_attempt)
+        self.committed_step = 0
+        self.evaluator.begin_run(
+            self.run_attempt, await self.blocking(recorded_evaluations, self.run_dir)
+        )
+        self.finishing = ("done", "the model was evaluated")
+        self.newest = WeightsPublished(
+            run_attempt=self.run_attempt, policy_version=0, path="", size_bytes=0
+        )
+        for rollout in self.peers_of("rollout"):
+            self.endpoint.send(rollout.peer, self.newest)
+        self.progress.set()
+        if self.evaluator.is_due(0):
+            self.evaluator.start(0)
+        else:
+            self._end_when_settled()
+
     def _line(self, message: StepDone, batch: Batch) -> dict[str, Any]:
         now = time.monotonic()
         seconds, self.step_began = now - self.step_began, now
@@ -352,8 +427,9 @@ class ConductorActor(Actor):
             return
         await self.blocking(self.ledger.commit, message.step, message.policy_version)
         self.event("commit", step=message.step)
-        if self.finishing is not None and message.step == self.issuer.version:
-            self._end(*self.finishing)
+        self.committed_step = message.step
+        if self.finishing is not None:
+            self._end_when_settled()
         elif self.handing_over is not None and message.step == self.issuer.version:
             self._tell_handed_over()
 
@@ -363,9 +439,15 @@ class ConductorActor(Actor):
         self.endpoint.send(FLOWD, HandedOver(job=self.spec.job, replica=self.handing_over))
 
     def _finish(self, state: str, reason: str) -> None:
-        """End the job once the trainer has committed where it stands."""
+        """End the job once the trainer has committed where it stands, and that was evaluated."""
         self.finishing = (state, reason)
+        self.evaluator.start(self.issuer.version)
         self._pause_trainer()
+
+    def _end_when_settled(self) -> None:
+        settled = self.committed_step == self.issuer.version and self.evaluator.oldest is None
+        if self.finishing is not None and settled:
+            self._end(*self.finishing)
 
     def _pause_trainer(self) -> None:
         self._tell_trainer(CommitAndPause())

@@ -1,4 +1,4 @@
-"""Where a step's numbers go: metrics.jsonl (one line a step) and TensorBoard files. Blocking; run off the loop."""
+"""Where numbers go: metrics.jsonl (a line per step and per evaluation) and TensorBoard. Blocking; run off the loop."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +18,12 @@ class MetricsWriter:
 
             self._board = SummaryWriter(log_dir=str(run_dir / "tensorboard"))
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        """line: must have "step"; numbers also go to TensorBoard under their key."""
+    def write(self, line: Mapping[str, Any], *, only: str = "") -> None:
+        """line: must have "step"; numbers whose key begins with `only` also go to TensorBoard under it."""
         self._file.write(line_of(line))
         if self._board is not None:
             for key, value in line.items():
-                if key != "step" and isinstance(value, int | float):
+                if key != "step" and key.startswith(only) and isinstance(value, int | float):
                     self._board.add_scalar(key, value, line["step"])
 
     def close(self) -> None:

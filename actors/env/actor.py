@@ -5,21 +5,36 @@ rollout actor together with the tokens of the history (opaque here), the actions
 turn's request is one item on the channel "requests", a TurnRequest, and is acknowledged with a tuple of Action, None
 where the context has no room for another turn. The finished group goes to the trainer; when the trainer holds it the
 ticket is acknowledged.
+
+Problems of an evaluation come on a channel of their own and are played in an environment of their own; they are
+acknowledged with what came of them, and nobody trains on them.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
+from actors.conductor.config import evaluates, evaluation_env
 from actors.env.arrays import as_run, check_fit
-from actors.env.hosts import open_hosts
-from actors.episodes import Action, Group, Int32, SampleRequest, Segment, Turn, TurnRequest
-from channels.channel import Item
+from actors.env.evaluating import KEY_OF_EVALUATION, evaluation_seed, outcome
+from actors.env.hosts import Hosts, open_hosts
+from actors.episodes import (
+    Action,
+    Group,
+    Int32,
+    SampleRequest,
+    Sampling,
+    Segment,
+    Turn,
+    TurnRequest,
+)
+from actors.randomness import fold
+from channels.channel import Consumer, Item
 from channels.lifecycle import Introduce
 from channels.work import StageTimes
 from sim.contract import StepResult, counted_seed
@@ -66,51 +81,82 @@ class Episode:
 
 
 LOSSES = 3  # of one group's episodes with their worker, before the env actor gives up
+EVALUATION_PRIORITY = 1  # before any step's groups: they wait for the evaluation in the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Episodes to play together from one seed.
+
+    request: as of every turn, but for its turn and samples    key: those of one key prefer one rollout actor
+    """
+
+    hosts: Hosts
+    seed: int
+    size: int
+    request: TurnRequest
+    key: str
+    priority: int
 
 
 class EnvActor(Actor):
     """See the module docstring."""
 
     async def setup(self) -> None:
-        """Open the environment with a slot for every sample of every group played at a time."""
-        group_size = self.config.rollout.group_size
-        num_groups = self.config.env.groups_per_actor
-        num_slots = group_size * num_groups
+        """Open the environments with a slot for every sample of every group played at a time."""
+        config = self.config
+        num_groups = config.env.groups_per_actor
         self.playing = 0
-        self.hosts = await open_hosts(
-            self.config.env.task,
-            self.config.env.args,
-            num_slots=num_slots,
+        self.opened: list[Hosts] = []
+        if config.job.steps:
+            self.hosts = await self._open(
+                config.env.task, config.env.args, config.rollout.group_size
+            )
+        if evaluates(config.job, config.eval):
+            task, args = evaluation_env(config.env, config.eval)
+            self.eval_hosts = await self._open(task, args, max(config.eval.k, 1))
+        self.step_seen = -1
+        self.tickets = self.router.consumer("tickets", capacity=num_groups)
+        self.evaluations = self.router.consumer("evaluations", capacity=num_groups)
+        self.requests = self.router.producer(
+            "requests", bound=2 * num_groups, epoch=self.spec.epoch
+        )
+        self.groups = self.router.producer("groups", bound=num_groups, epoch=self.spec.epoch)
+        self._account()
+
+    async def _open(self, task: str, args: dict[str, Any], group_size: int) -> Hosts:
+        hosts = await open_hosts(
+            task,
+            args,
+            num_slots=group_size * self.config.env.groups_per_actor,
             workers=self.config.env.workers,
             step_timeout_s=self.config.env.step_timeout_s,
             blocking=self.blocking,
             told=self._account,
         )
-        self.env = self.hosts.env
-        check_fit(self.config.policy, self.env)
-        self.step_seen = -1
-        self.tickets = self.router.consumer("tickets", capacity=num_groups)
-        self.requests = self.router.producer("requests", bound=num_groups, epoch=self.spec.epoch)
-        self.groups = self.router.producer("groups", bound=num_groups, epoch=self.spec.epoch)
-        self._account()
+        check_fit(self.config.policy, hosts.env)
+        self.opened.append(hosts)
+        return hosts
 
     async def run(self) -> None:
         """Play every ticket that comes, several at a time."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.hosts.run())
-            while True:
-                item = await self.tickets.get()
-                tasks.create_task(self._attend(item), name=f"group-{item.payload['group']}")
+            for hosts in self.opened:
+                tasks.create_task(hosts.run())
+            tasks.create_task(self._attend_all(tasks, self.tickets, self._play))
+            tasks.create_task(self._attend_all(tasks, self.evaluations, self._evaluate))
 
     async def leave(self) -> None:
         """Give tickets back: another env actor plays them from the start."""
         self.tickets.close()
-        await self.blocking(self.hosts.close)
+        self.evaluations.close()
+        for hosts in self.opened:
+            await self.blocking(hosts.close)
 
     def close(self) -> None:
         """Also after an error: worker processes end before the actor does."""
-        if hasattr(self, "hosts"):
-            self.hosts.end_workers()
+        for hosts in getattr(self, "opened", ()):
+            hosts.end_workers()
         super().close()
 
     def on_peer(self, peer: Introduce) -> None:
@@ -118,6 +164,7 @@ class EnvActor(Actor):
         match peer.kind:
             case "conductor":
                 self.tickets.add_producer(peer.peer)
+                self.evaluations.add_producer(peer.peer)
             case "rollout":
                 self.requests.add_consumer(peer.peer)
             case "trainer" if peer.rank == 0:
@@ -128,97 +175,146 @@ class EnvActor(Actor):
         match peer.kind:
             case "conductor":
                 self.tickets.remove_producer(peer.peer)
+                self.evaluations.remove_producer(peer.peer)
             case "rollout":
                 self.requests.remove_consumer(peer.peer)
             case "trainer" if peer.rank == 0:
                 self.groups.remove_consumer(peer.peer)
 
-    async def _attend(self, item: Item) -> None:
-        """Play the group of a ticket unless it is cancelled meanwhile."""
+    async def _attend_all(
+        self, tasks: asyncio.TaskGroup, tickets: Consumer, play: Callable[[Item], Awaitable[None]]
+    ) -> None:
+        while True:
+            item = await tickets.get()
+            tasks.create_task(self._attend(item, play))
+
+    async def _attend(self, item: Item, play: Callable[[Item], Awaitable[None]]) -> None:
+        """Play what a ticket says unless it is cancelled meanwhile."""
         self.playing += 1
         self._account()
-        play = asyncio.create_task(self._play(item))
+        playing = asyncio.ensure_future(play(item))
         cancelled = asyncio.create_task(item.wait_cancelled())
         try:
-            await asyncio.wait({play, cancelled}, return_when=asyncio.FIRST_COMPLETED)
-            if play.done():
-                play.result()
+            await asyncio.wait({playing, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            if playing.done():
+                playing.result()
         finally:
-            for task in (play, cancelled):
+            for task in (playing, cancelled):
                 task.cancel()
-            await asyncio.gather(play, cancelled, return_exceptions=True)
+            await asyncio.gather(playing, cancelled, return_exceptions=True)
             if item.cancelled and not item.finished:
                 item.ack()  # frees its place; nobody waits for it
             self.playing -= 1
             self._account()
 
     async def _play(self, item: Item) -> None:
+        """A group to train on."""
         ticket: dict[str, Any] = item.payload
         self._tell_times(ticket["step"])
-        slots = self.hosts.take(ticket["group_size"])
-        try:
-            group = await self._episodes_again(ticket, slots)
-            await self.groups.call(group, priority=-ticket["step"])
-            self.delivered()
-            item.ack()
-        finally:
-            self.hosts.give_back(slots)
+        assignment = Assignment(
+            hosts=self.hosts,
+            seed=self._seed(ticket),
+            size=ticket["group_size"],
+            request=TurnRequest(
+                group=ticket["group"],
+                attempt=ticket["attempt"],
+                run_attempt=ticket["run_attempt"],
+                turn=0,
+                version=ticket["version"],
+                exact=ticket["exact"],
+                samples=(),
+            ),
+            key=str(ticket["group"]),
+            priority=-ticket["step"],
+        )
+        group = Group(
+            group=ticket["group"],
+            attempt=ticket["attempt"],
+            run_attempt=ticket["run_attempt"],
+            seed=ticket["seed"],
+            segments=await self._episodes_again(assignment),
+        )
+        await self.groups.call(group, priority=assignment.priority)
+        self.delivered()
+        item.ack()
 
-    async def _episodes_again(self, ticket: dict[str, Any], slots: Sequence[int]) -> Group:
+    async def _evaluate(self, item: Item) -> None:
+        """A problem of an evaluation: what came of it goes back with the acknowledgement."""
+        ticket: dict[str, Any] = item.payload
+        seed, hosts = self.config.eval.seed, self.eval_hosts
+        assignment = Assignment(
+            hosts=hosts,
+            seed=evaluation_seed(seed, ticket["problem"], counted=_counts_seeds(hosts)),
+            size=ticket["size"],
+            request=TurnRequest(
+                group=ticket["problem"],
+                attempt=0,
+                run_attempt=ticket["run_attempt"],
+                turn=0,
+                version=ticket["version"],
+                exact=True,
+                samples=(),
+                sampling=Sampling(temperature=ticket["temperature"], top_k=ticket["top_k"]),
+                key=fold(seed, KEY_OF_EVALUATION, ticket["problem"]),
+            ),
+            key=f"{ticket['mode']}-{ticket['problem']}",
+            priority=EVALUATION_PRIORITY,
+        )
+        segments = await self._episodes_again(assignment)
+        self.delivered()
+        item.ack(outcome(ticket, segments))
+
+    async def _episodes_again(self, assignment: Assignment) -> tuple[Segment, ...]:
         """Play a group; from the start where a worker took an episode of it along."""
-        for losses in range(1, LOSSES + 1):
-            try:
-                return await self._episodes(ticket, slots)
-            except WorkerLost as error:
-                lost = error
-            self.counters["groups_lost"] = self.counters.get("groups_lost", 0) + 1
-            self.event("group_lost", group=ticket["group"], losses=losses, reason=str(lost))
-        raise SimError(
-            f"group {ticket['group']} (seed {ticket['seed']}) lost its worker {LOSSES} times: {lost}"
-        ) from lost
+        slots = assignment.hosts.take(assignment.size)
+        try:
+            for losses in range(1, LOSSES + 1):
+                try:
+                    return await self._episodes(assignment, slots)
+                except WorkerLost as error:
+                    lost = error
+                self.counters["groups_lost"] = self.counters.get("groups_lost", 0) + 1
+                self.event(
+                    "group_lost", group=assignment.request.group, losses=losses, reason=str(lost)
+                )
+            raise SimError(
+                f"group {assignment.key} (seed {assignment.seed}) lost its worker {LOSSES} times: {lost}"
+            ) from lost
+        finally:
+            assignment.hosts.give_back(slots)
 
-    async def _episodes(self, ticket: dict[str, Any], slots: Sequence[int]) -> Group:
-        observations = await self.hosts.call("reset", slots, [self._seed(ticket)] * len(slots))
+    async def _episodes(self, assignment: Assignment, slots: Sequence[int]) -> tuple[Segment, ...]:
+        observations = await assignment.hosts.call("reset", slots, [assignment.seed] * len(slots))
         episodes = [
             Episode(sample, slot, observation)
             for sample, (slot, observation) in enumerate(zip(slots, observations, strict=True))
         ]
         for turn in range(self.config.max_turns):
-            await self._turn(ticket, turn, [e for e in episodes if not e.ended])
+            await self._turn(assignment, turn, [e for e in episodes if not e.ended])
             if all(episode.ended for episode in episodes):
                 break
         for episode in episodes:
             episode.truncated = episode.truncated or not episode.terminated
-        return Group(
-            group=ticket["group"],
-            attempt=ticket["attempt"],
-            run_attempt=ticket["run_attempt"],
-            seed=ticket["seed"],
-            segments=tuple(episode.segment() for episode in episodes if episode.turns),
-        )
+        return tuple(episode.segment() for episode in episodes if episode.turns)
 
     def _seed(self, ticket: dict[str, Any]) -> int:
-        if getattr(self.env, "counted_seeds", False):
+        if _counts_seeds(self.hosts):
             return counted_seed(self.config.job.seed, ticket["group"])
         seed: int = ticket["seed"]
         return seed
 
-    async def _turn(self, ticket: dict[str, Any], turn: int, episodes: list[Episode]) -> None:
+    async def _turn(self, assignment: Assignment, turn: int, episodes: list[Episode]) -> None:
         """One turn of every episode that goes on."""
-        request = TurnRequest(
-            group=ticket["group"],
-            attempt=ticket["attempt"],
-            run_attempt=ticket["run_attempt"],
+        request = replace(
+            assignment.request,
             turn=turn,
-            version=ticket["version"],
-            exact=ticket["exact"],
             samples=tuple(
                 SampleRequest(sample=e.sample, history=e.history, observation=e.observation)
                 for e in episodes
             ),
         )
         actions: tuple[Action | None, ...] = await self.requests.call(
-            request, key=str(ticket["group"]), priority=-ticket["step"]
+            request, key=assignment.key, priority=assignment.priority
         )
         acting: list[tuple[Episode, Action]] = []
         for episode, action in zip(episodes, actions, strict=True):
@@ -228,7 +324,7 @@ class EnvActor(Actor):
                 acting.append((episode, action))
         if not acting:
             return
-        results = await self.hosts.call(
+        results = await assignment.hosts.call(
             "step",
             [e.slot for e, _ in acting],
             [action.text if action.chunk is None else action.chunk for _, action in acting],
@@ -237,7 +333,8 @@ class EnvActor(Actor):
             episode.act(action, result)
 
     def _account(self) -> None:
-        state = "work" if self.hosts.busy else "wait_rollout" if self.playing else "wait_tickets"
+        busy = any(hosts.busy for hosts in self.opened)
+        state = "work" if busy else "wait_rollout" if self.playing else "wait_tickets"
         self.time.enter(state)
 
     def _tell_times(self, step: int) -> None:
@@ -246,3 +343,7 @@ class EnvActor(Actor):
             self.step_seen = step
             for conductor in self.peers_of("conductor"):
                 self.endpoint.send(conductor.peer, StageTimes(seconds=self.time.seconds()))
+
+
+def _counts_seeds(hosts: Hosts) -> bool:
+    return bool(getattr(hosts.env, "counted_seeds", False))

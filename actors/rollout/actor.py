@@ -102,6 +102,10 @@ class RolloutActor(Actor):
                 self.newest.policy_version,
             ):
                 self.newest = message
+                if not self.config.job.steps:
+                    self.loaded = (
+                        key  # nothing is trained: these are the weights that the model has
+                    )
                 self.wake.set()
                 self.endpoint.send(sender, StageTimes(seconds=self.time.seconds()))
 
@@ -185,7 +189,11 @@ class RolloutActor(Actor):
             return None
         attempt, newest = self.newest.run_attempt, self.newest.policy_version
         if self.sampler.running:
-            due = self.config.rollout.adopt == "token" and (attempt, newest) > self.loaded
+            due = (
+                self.config.rollout.adopt == "token"
+                and (attempt, newest) > self.loaded
+                and not any(w.request.exact for w in self.sampler.running)  # an evaluation's
+            )
             return (attempt, newest) if due and (attempt, newest) not in self.gone else None
         wanted = [
             w
@@ -225,6 +233,12 @@ class RolloutActor(Actor):
         ):
             # Let the engine run empty so that the newer weights can be adopted.
             return []
+        if self.sampler.running and any(
+            w.request.run_attempt == attempt and w.request.exact and w.request.version != version
+            for w in self.pending
+        ):
+            # An evaluation wants other weights: what could go on for ever with these lets the engine run empty.
+            fits = [w for w in fits if w.request.exact]
         return sorted(fits, key=lambda w: (-w.item.priority, w.order))
 
     def _drop_cancelled(self) -> None:

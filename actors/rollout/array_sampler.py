@@ -41,7 +41,7 @@ class ArraySampler:
         self._sampling = Sampling(temperature=config.rollout.temperature)
         self.policy = build_policy(config.policy, seed=config.job.seed)
         self._weights = ModelWeights(self.policy, torch.device(device), buffers=True)
-        self._version = -1
+        self._version = -1 if config.job.steps else 0  # without a trainer the policy is what it is
         self.running: list[Work] = []  # always empty: what is begun is finished
         self.at_a_time = max(1, config.rollout.max_running // config.rollout.group_size)
         self.has_device = False
@@ -69,14 +69,17 @@ class ArraySampler:
         batch: list[Work] = []
         size = 0
         for work in admissible:
+            if batch and self._is_greedy(work) != self._is_greedy(batch[0]):
+                continue  # of an evaluation: its turn comes with the next call
             size += len(work.request.samples)
             if batch and size > self._max_samples:
                 break
             batch.append(work)
         if not batch:
             return Advanced([], [])
-        acted = self._act([work.request for work in batch])
-        actions = self._actions(acted)
+        greedy = self._is_greedy(batch[0])
+        acted = self._act([work.request for work in batch], greedy)
+        actions = self._actions(acted, batch[0].request.sampling or self._sampling)
         finished: list[tuple[Work, list[Action | None]]] = []
         start = 0
         for work in batch:
@@ -94,7 +97,10 @@ class ArraySampler:
     def with_progress(self, work: Work) -> TurnRequest:
         return work.request
 
-    def _act(self, requests: Sequence[TurnRequest]) -> "Acted":
+    def _is_greedy(self, work: Work) -> bool:
+        return (work.request.sampling or self._sampling).temperature == 0
+
+    def _act(self, requests: Sequence[TurnRequest], greedy: bool) -> "Acted":
         import torch
 
         from actors.backends.sampling import as_int64, uniforms
@@ -114,10 +120,10 @@ class ArraySampler:
         return self.policy.act(
             stack(observations, self._policy_config, self._device),
             drawn.view(len(keys), draws),
-            greedy=self._sampling.temperature == 0,
+            greedy=greedy,
         )
 
-    def _actions(self, acted: "Acted") -> list[Action]:
+    def _actions(self, acted: "Acted", sampling: Sampling) -> list[Action]:
         values = acted.values.tolist()
         arrays = acted.actions.cpu().numpy()  # [batch, chunk, ...]
         logprobs = acted.logprobs.cpu().numpy()  # [batch, units]
@@ -138,7 +144,7 @@ class ArraySampler:
                 logprobs=logprobs[place],
                 versions=versions,
                 mask=mask,
-                sampling=self._sampling,
+                sampling=sampling,
                 value=values[place],
                 chunk=arrays[place],
                 recompute=taken(place),

@@ -90,6 +90,9 @@ class TextSampler:
             pad_token=self._pad_token,
             device=self._device,
             dtype=getattr(torch, config.dtype),
+            version=-1
+            if self._config.job.steps
+            else 0,  # without a trainer the model is what it is
         )
 
     def offload(self) -> None:
@@ -126,7 +129,7 @@ class TextSampler:
         finished = []
         for work in [work for work in self.running if work.state.complete]:
             self.running.remove(work)
-            finished.append((work, self._actions(work.state)))
+            finished.append((work, self._actions(work)))
         return Advanced(started, finished)
 
     def suspend(self) -> list[Work]:
@@ -236,7 +239,7 @@ class TextSampler:
                 context=context,
                 max_new_tokens=config.max_new_tokens,
                 key=sample_key(self._config.job.seed, work.request, sample.sample),
-                sampling=self._sampling,
+                sampling=work.request.sampling or self._sampling,
                 stop_tokens=self.policy.stop_tokens,
                 batch=work.order if self._config.job.deterministic else None,
                 **partial,
@@ -252,7 +255,8 @@ class TextSampler:
                 )
         work.state = progress
 
-    def _actions(self, progress: Progress) -> list[Action | None]:
+    def _actions(self, work: Work) -> list[Action | None]:
+        progress: Progress = work.state
         actions: list[Action | None] = []
         for position, (prompt, request) in enumerate(
             zip(progress.prompts, progress.requests, strict=True)
@@ -271,7 +275,7 @@ class TextSampler:
                     mask=np.ones(len(generation.tokens), dtype=np.bool_),
                     text=self.policy.decode(generation.tokens),
                     finish=generation.finish,
-                    sampling=self._sampling,
+                    sampling=work.request.sampling or self._sampling,
                 )
             )
         return actions

@@ -19,6 +19,8 @@ KEY_OF_SAMPLE = 2  # purpose of the key that a turn's draws come from
 
 def sample_key(job_seed: int, request: TurnRequest, sample: int) -> int:
     """The key of all draws of one sample in one turn."""
+    if request.key is not None:
+        return fold(request.key, sample, request.turn)
     return fold(job_seed, KEY_OF_SAMPLE, request.group, sample, request.turn)
 
 

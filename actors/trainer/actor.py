@@ -22,6 +22,7 @@ from actors.backends.contract import TrainingEngine
 from actors.conductor.manifest import Manifest, newest_manifest
 from actors.episodes import Group, Segment
 from actors.json_lines import line_of
+from actors.samples import sample_lines
 from actors.trainer import checkpoint
 from channels.channel import Item
 from channels.lifecycle import Introduce
@@ -336,6 +337,7 @@ class TrainerActor(Actor):
         # A committed step is never taken again: its line of metrics has to be there before.
         with self.time.measure("wait_conductor"):
             while self.recorded < self.step:
+                self.lease.idle()  # an evaluation may have to be recorded first, on the same devices
                 self.recorded_more.clear()
                 await self.recorded_more.wait()
         manifest = Manifest(
@@ -473,29 +475,14 @@ class TrainerActor(Actor):
 
     def _write_samples(self, groups: Sequence[Group]) -> None:
         count = self.config.metrics.samples_per_step
-        lines = []
-        for group in groups[:count]:
-            for segment in group.segments[:1]:
-                for position, turn in enumerate(segment.turns):
-                    observed = getattr(turn.observation, "messages", ())
-                    lines.append(
-                        {
-                            "step": self.step - 1,
-                            "attempt": self.run_attempt,
-                            "group": group.group,
-                            "sample": segment.sample,
-                            "turn": segment.first_turn + position,
-                            "prompt": "\n".join(message.content for message in observed),
-                            "text": turn.action.text,
-                            "reward": turn.reward,
-                            "versions": turn.action.versions.tolist(),
-                            "logprobs": [round(float(x), 5) for x in turn.action.logprobs],
-                            "tokens": turn.action.tokens.tolist(),
-                            "prompt_tokens": turn.action.prompt.tolist(),
-                            "finish": turn.action.finish,
-                            "info": segment.info,
-                        }
-                    )
+        lines = [
+            line
+            for group in groups[:count]
+            for segment in group.segments[:1]
+            for line in sample_lines(
+                segment, step=self.step - 1, attempt=self.run_attempt, group=group.group
+            )
+        ]
         if lines:
             with (self.run_dir / "samples.jsonl").open("ab") as file:
                 file.write(b"".join(line_of(line) for line in lines))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from actor_stage import Peer, Stage, job_config
 
-from actors.episodes import Action, Group
+from actors.episodes import Action, Group, Sampling
 from actors.job_config import JobConfig
 from channels.channel import Consumer, Item, Producer
 from channels.errors import Withdrawn
@@ -129,7 +129,7 @@ class Play:
 
     @property
     def env(self) -> Any:
-        return self.stage.actor.env
+        return self.stage.actor.hosts.env
 
     async def answer(self, *texts: str | None) -> Item:
         """Take a request and answer its samples; the tokens say who answered what and when."""
@@ -550,7 +550,7 @@ def test_a_group_that_kills_every_worker_ends_the_actor(
             assert play.stage.life is not None
             assert await play.stage.life == 1
             (failed,) = play.stage.of(Failed)
-            assert "group 0 (seed 100) lost its worker 3 times" in failed.error
+            assert "group 0 (seed 0) lost its worker 3 times" in failed.error
             assert "SIGSEGV" in failed.error
             pids.extend(part.pid for part in play.env.parts)
             call.cancel()
@@ -559,3 +559,81 @@ def test_a_group_that_kills_every_worker_ends_the_actor(
     run(main)
     assert len(pids) == 1
     assert not Path(f"/proc/{pids[0]}").exists()
+
+
+def evaluation(problem: int = 0, mode: str = "sampled", **given: Any) -> dict[str, Any]:
+    greedy = mode == "greedy"
+    return {
+        "problem": problem,
+        "mode": mode,
+        "size": 1 if greedy else 3,
+        "temperature": 0.0 if greedy else 0.7,
+        "top_k": 0,
+        "step": 6,
+        "version": 6,
+        "attempt": 1,
+        "run_attempt": 1,
+        "record": True,
+        **given,
+    }
+
+
+def test_a_problem_of_an_evaluation(run: Run, tmp_path: Path) -> None:
+    """Played beside groups in an environment of its own, as its ticket says; what came of it is the answer."""
+
+    async def main() -> None:
+        config = env_config(eval={"every_steps": 2, "k": 3, "seed": 5})
+        async with Play(tmp_path, config) as play:
+            problems = play.conductor.router.producer("evaluations", bound=8)
+            problems.add_consumer(play.stage.spec.peer)
+            group = asyncio.create_task(play.tickets.call(ticket(0)))
+            held = await play.requests.get()
+            sampled = asyncio.create_task(problems.call(evaluation(4)))
+            first = await play.answer("go", "end", "cut")
+            assert first.priority > held.priority
+            asked = first.payload
+            assert (asked.version, asked.exact, asked.run_attempt) == (6, True, 1)
+            assert asked.sampling == Sampling(temperature=0.7)
+            await play.answer("end")
+            answer = await sampled
+            assert (answer["problem"], answer["mode"]) == (4, "sampled")
+            assert answer["rewards"] == [3.0, 1.0, 1.0]
+            assert [info["turns"] for info in answer["infos"]] == [2.0, 1.0, 1.0]
+            assert answer["tokens"] == [6, 3, 3]
+            assert [(line["sample"], line["turn"]) for line in answer["lines"]] == [
+                (0, 0),
+                (0, 1),
+                (1, 0),
+                (2, 0),
+            ]
+            assert {(line["step"], line["attempt"]) for line in answer["lines"]} == {(6, 1)}
+            greedy = asyncio.create_task(problems.call(evaluation(4, "greedy", record=False)))
+            second = await play.answer("end")
+            assert second.payload.sampling == Sampling(temperature=0.0)
+            assert second.payload.key == asked.key
+            assert second.payload.samples[0].observation == asked.samples[0].observation
+            assert (await greedy)["lines"] == []
+            seeds = {seed for name, _, values in play.env.log for seed in values if name == "reset"}
+            assert seeds == {100}, "the environment of training saw the group alone"
+            held.ack([action("end", [1], [2]) for _ in range(2)])
+            (await play.groups.get()).ack()
+            await group
+            hosts = play.stage.actor.eval_hosts
+            assert sorted(hosts.free) == list(range(6))
+            assert await play.stage.stop() == 0
+            assert hosts.env.closed
+            assert hosts.env is not play.env
+
+    run(main)
+
+
+def test_a_job_of_no_steps_opens_the_environment_of_evaluations_alone(
+    run: Run, tmp_path: Path
+) -> None:
+    """A simulator is not started twice where one is never played."""
+
+    async def main() -> None:
+        async with Play(tmp_path, env_config(job={"steps": 0})) as play:
+            assert len(play.stage.actor.opened) == 1
+
+    run(main)

@@ -12,7 +12,7 @@ import torch
 from actor_stage import TINY, Peer, Stage, job_config
 
 from actors.backends.contract import GenerationRequest
-from actors.episodes import Action, SampleRequest, TurnRequest
+from actors.episodes import Action, SampleRequest, Sampling, TurnRequest
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
 from actors.rollout import text_sampler
@@ -643,5 +643,86 @@ def test_more_memory_than_the_lease_allows_is_an_error(run: Run, tmp_path: Path)
             assert "DeviceMemoryExceeded" in driver.stage.of(Failed)[0].error
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
+
+    run(main)
+
+
+def test_a_request_may_bring_its_own_sampling_and_key(run: Run, tmp_path: Path) -> None:
+    """An evaluation's: greedy whatever the job samples with; the same draws under any group's number."""
+
+    async def main() -> None:
+        async with Driver(
+            tmp_path, job_config(rollout={"temperature": 2.0}), endless=True
+        ) as driver:
+            await driver.with_env()
+            driver.publish(0)
+            samples = tuple(
+                SampleRequest(sample=i, history=NO_TOKENS, observation=question("1+1="))
+                for i in range(2)
+            )
+
+            async def ask(group: int, **given: Any) -> list[Action]:
+                actions: list[Action] = await driver.requests.call(
+                    request(group, samples=samples, **given)
+                )
+                return actions
+
+            greedy = await ask(0, sampling=Sampling(temperature=0.0), key=7)
+            assert greedy[0].tokens.tolist() == greedy[1].tokens.tolist()
+            assert greedy[0].sampling.temperature == 0.0
+            first, again = await ask(1, key=7), await ask(2, key=7)
+            assert same(first, again)
+            assert first[0].tokens.tolist() != first[1].tokens.tolist()
+            assert not same(first, await ask(1))
+            assert not same(first, await ask(1, key=8))
+
+    run(main)
+
+
+@pytest.mark.usefixtures("stepwise")
+def test_an_evaluation_gets_its_version_and_keeps_it(run: Run, tmp_path: Path) -> None:
+    """Where weights change in mid-generation and groups never end: it waits for those that run, and goes before
+    those that come; its own tokens are all of its version.
+    """
+
+    async def main() -> None:
+        config = job_config(
+            job={"max_staleness": 1}, rollout={"adopt": "token", "max_new_tokens": 12}
+        )
+        async with Driver(tmp_path, config, endless=True) as driver:
+            await driver.with_env()
+            driver.publish(0)
+            driver.publish(1)
+            calls = [asyncio.create_task(driver.requests.call(request(0, exact=False)))]
+            await driver.advanced(2)
+            exact = asyncio.create_task(driver.requests.call(request(9, version=0), priority=1))
+            await driver.advanced(1)
+            calls += [
+                asyncio.create_task(driver.requests.call(request(group, exact=False)))
+                for group in (1, 2)
+            ]
+            await driver.advanced(14)  # the first has ended, the evaluation runs
+            driver.publish(2)
+            actions = await exact
+            assert {v for action in actions for v in action.versions.tolist()} == {0}
+            expected = logprobs_of(weights_of(0), actions[0])
+            np.testing.assert_allclose(actions[0].logprobs, expected, atol=1e-4)
+            first, *_ = await asyncio.gather(*calls)  # what waited comes to its end too
+            assert {v for action in first for v in action.versions.tolist()} == {1}
+
+    run(main)
+
+
+def test_without_a_trainer_it_samples_with_the_model_as_it_is(run: Run, tmp_path: Path) -> None:
+    """A job of no steps: nothing is in the node's copy of the weights, and nothing is waited for."""
+
+    async def main() -> None:
+        async with Driver(tmp_path, job_config(job={"steps": 0})) as driver:
+            await driver.with_env()
+            driver.publish(0, on_disk=False)
+            actions = await driver.requests.call(request())
+            assert {v for action in actions for v in action.versions.tolist()} == {0}
+            expected = logprobs_of(weights_of(0), actions[0])
+            np.testing.assert_allclose(actions[0].logprobs, expected, atol=1e-4)
 
     run(main)

@@ -133,7 +133,7 @@ class Flowd:
 
     def steps(self, job: str) -> list[dict[str, Any]]:
         """The line of every step's last attempt, in order."""
-        by_step = {line["step"]: line for line in self.metrics(job)}
+        by_step = {line["step"]: line for line in self.metrics(job) if "groups" in line}
         return [by_step[step] for step in sorted(by_step)]
 
     def audit(self, job: str) -> dict[str, int]:
