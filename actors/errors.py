@@ -19,3 +19,7 @@ class GuardTripped(ActorError):
 
 class BadCheckpoint(ActorError):
     """Raised when a checkpoint cannot be read or does not fit the model."""
+
+
+class CheckpointNotWritten(ActorError):
+    """Raised when a trainer's state could not be written to disk, by this rank or another one."""

@@ -102,7 +102,7 @@ def sequential(steps: int, threads: int) -> dict[str, float]:
     from actors.models.loading import build_model
     from actors.models.text_policy import TextPolicy
     from actors.randomness import fold
-    from actors.trainer import checkpoint
+    from actors.trainer.checkpoint import CheckpointWriter
     from flowd.job import load_job
     from sim.registry import make
 
@@ -184,6 +184,7 @@ def sequential(steps: int, threads: int) -> dict[str, float]:
         ]
 
     with tempfile.TemporaryDirectory(prefix="bench-spine-") as folder:
+        writer = CheckpointWriter(Path(folder), config.checkpoint)
         spent = {"sample": 0.0, "train": 0.0, "commit": 0.0}
         for step in range(steps):
             if step == WARM_IN_STEPS:
@@ -199,8 +200,9 @@ def sequential(steps: int, threads: int) -> dict[str, float]:
             trained = time.perf_counter()
             if (step + 1) % config.checkpoint.every_steps == 0:
                 manifest = Manifest(step=step + 1, policy_version=step + 1, run_attempt=0)
-                keep = config.checkpoint.keep
-                checkpoint.save(Path(folder), trainer.state(), manifest, keep=keep)
+                writer.stage(manifest.step, trainer.state())
+                writer.write()
+                writer.commit(manifest)
             spent["sample"] += sampled - start
             spent["train"] += trained - sampled
             spent["commit"] += time.perf_counter() - trained

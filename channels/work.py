@@ -81,6 +81,9 @@ class Committed(Message, frozen=True, tag="committed"):
     run_attempt: int
     step: int
     policy_version: int
+    seconds: float = (
+        0.0  # that writing took, beside the training; 0 for a commit that was there already
+    )
 
 
 class CommitAndPause(Message, frozen=True, tag="commit_and_pause"):
@@ -89,7 +92,7 @@ class CommitAndPause(Message, frozen=True, tag="commit_and_pause"):
 
 class RankCommand(Message, frozen=True, tag="rank_command"):
     """Leader to the other ranks of a trainer: "begin", "accumulate" (payload: groups), "finish", "publish" (payload:
-    the file that its parts of the weights go into), "park"."""
+    the file that its parts of the weights go into), "commit", "park"."""
 
     command: str
     run_attempt: int

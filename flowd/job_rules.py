@@ -230,6 +230,14 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
         f"leaves no room for a prompt in max_context_tokens = {rollout.max_context_tokens}; "
         f"use less, or raise max_context_tokens",
     )
+    checkpoint = config.checkpoint
+    require(
+        checkpoint.keep_every_steps % checkpoint.every_steps == 0,
+        "checkpoint",
+        "keep_every_steps",
+        f"names steps without a commit: commits come every {checkpoint.every_steps} steps; "
+        "use a multiple of every_steps",
+    )
     require(
         all(0 <= beta < 1 for beta in config.trainer.betas),
         "trainer",

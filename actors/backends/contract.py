@@ -144,7 +144,10 @@ class TrainingEngine(Protocol):
         ...
 
     def state(self) -> "dict[str, torch.Tensor]":
-        """All that a restart needs (parameters, optimizer moments, step counter) as a flat mapping."""
+        """All that a restart needs (parameters, optimizer moments, step counter) as a flat mapping.
+
+        Not copies: the next step changes them. DTensors where a rank has a shard, plain tensors where each has all.
+        """
         ...
 
     def load_state(self, state: "Mapping[str, torch.Tensor]") -> None: ...

@@ -376,18 +376,18 @@ class HFTrainingEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters "model.*" (the critic's "model.critic.*"), moments "exp_avg.*" and "exp_avg_sq.*", the counters
-        "steps" (of the schedule) and "updates" (of the optimizer), "reference.*" where there is one; host copies."""
+        "steps" (of the schedule) and "updates" (of the optimizer), "reference.*" where there is one; not copies."""
         state = {"steps": torch.tensor(self._steps), "updates": torch.tensor(0)}
         for name, parameter in self._parameters.items():
-            state[f"model.{name}"] = parameter.detach().to(HOST, copy=True)
+            state[f"model.{name}"] = parameter.detach()
             moments = self._optimizer.state.get(parameter)
             if moments:
                 state["updates"] = torch.tensor(int(moments["step"]))
                 for moment in MOMENTS:
-                    state[f"{moment}.{name}"] = moments[moment].detach().to(HOST, copy=True)
+                    state[f"{moment}.{name}"] = moments[moment].detach()
         if self._reference is not None:
             for name, parameter in self._reference.named_parameters():
-                state[f"reference.{name}"] = parameter.detach().to(HOST, copy=True)
+                state[f"reference.{name}"] = parameter.detach()
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -426,7 +426,7 @@ class ConductorActor(Actor):
         if message.run_attempt != self.run_attempt:
             return
         await self.blocking(self.ledger.commit, message.step, message.policy_version)
-        self.event("commit", step=message.step)
+        self.event("commit", step=message.step, seconds=round(message.seconds, 4))
         self.committed_step = message.step
         if self.finishing is not None:
             self._end_when_settled()

@@ -15,7 +15,7 @@ import msgspec
 from actors.conductor.group_set import NO_GROUPS, GroupSet
 
 FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class ManifestError(Exception):
@@ -105,12 +105,15 @@ def newest_manifest(run_dir: Path) -> Manifest | None:
 
     Directories without a manifest are checkpoints that were never finished, and do not count.
     """
-    steps = [
-        int(match[1])
-        for path in (run_dir / "checkpoints").glob(f"step-*/{FILE}")
-        if (match := re.fullmatch(r"step-(\d{8,})", path.parent.name))
-    ]
-    return read_manifest(checkpoint_dir(run_dir, max(steps)) / FILE) if steps else None
+    steps = committed_steps(run_dir)
+    return read_manifest(checkpoint_dir(run_dir, steps[-1]) / FILE) if steps else None
+
+
+def committed_steps(run_dir: Path) -> list[int]:
+    """The steps whose commits are on disk, ascending."""
+    found = (run_dir / "checkpoints").glob(f"step-*/{FILE}")
+    matches = (re.fullmatch(r"step-(\d{8,})", path.parent.name) for path in found)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _bad(path: Path, what: str) -> str:

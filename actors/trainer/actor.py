@@ -3,7 +3,8 @@
 The leader holds finished groups until the conductor admits them to a step, shares them out over the ranks by tokens,
 and trains on the first micro-batch while later groups are still being sampled (under a shared lease it waits for the
 whole step's batch instead: the stages take turns). After a step it publishes the weights as the next policy version,
-and commits: checkpoint and manifest become visible by one rename.
+and commits: the state is copied to the host, every rank writes its part while the training goes on, and checkpoint and
+manifest become visible by one rename. One commit is in flight at most.
 
 The other ranks do what the leader says. A rank that dies takes the whole replica with it.
 """
@@ -24,6 +25,7 @@ from actors.episodes import Group, Segment
 from actors.json_lines import line_of
 from actors.samples import sample_lines
 from actors.trainer import checkpoint
+from actors.trainer.commits import Commits
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.messages import Message
@@ -55,6 +57,8 @@ class TrainerActor(Actor):
         self.leader = self.spec.rank == 0
         self.offloaded = False
         self.engine: TrainingEngine | None = None
+        self.commits: Commits | None = None
+        self.tasks: asyncio.TaskGroup | None = None  # while it runs
         self.weights = WeightsDirectory(
             Path(self.spec.weights_dir),
             keep=job.max_staleness + 2,
@@ -67,7 +71,9 @@ class TrainerActor(Actor):
         self.pool: dict[tuple[int, int], Group] = {}
         # By step; later steps fill while this one is trained.
         self.admitted: dict[int, deque[Admit]] = {}
-        self.commit = Manifest(step=0, policy_version=0, run_attempt=0)  # the last one
+        self.commit = Manifest(
+            step=0, policy_version=0, run_attempt=0
+        )  # the last one that was begun
         self.trained: list[int] = []  # since then
         self.recorded = 0  # steps whose metrics the conductor has written
         self.recorded_more = asyncio.Event()
@@ -95,17 +101,16 @@ class TrainerActor(Actor):
     async def _first_commit(self) -> None:
         if self.config.warmup.steps:
             await self.compute("warmup", self._warm_up, asyncio.get_running_loop())
-        await self.compute("commit", self._save, self.commit)
+        await self.compute("commit", self._commit_alone)
 
     async def run(self) -> None:
         """The leader follows the conductor, the other ranks the leader."""
         self.time.enter("wait_groups")
-        if not self.leader:
-            await self._follow()
-            return
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._receive())
-            tasks.create_task(self._lead())
+        async with asyncio.TaskGroup() as self.tasks:
+            if not self.leader:
+                await self._follow()
+            self.tasks.create_task(self._receive())
+            self.tasks.create_task(self._lead())
 
     def on_peer(self, peer: Introduce) -> None:
         """Tell a conductor where the weights stand; take groups from env actors."""
@@ -203,9 +208,12 @@ class TrainerActor(Actor):
                 await self._begin_run(command)
             case CommitAndPause():
                 self.paused = True
+                assert self.commits is not None
                 if self.commit.step != self.step:
-                    await self._commit()
-                self._tell_committed()
+                    await self._begin_commit()
+                elif not self.commits.in_flight:
+                    self._tell_committed(self.commit, 0.0)
+                await self._until_committed()
             case Admit():
                 self.admitted.setdefault(command.step, deque()).append(command)
 
@@ -294,8 +302,7 @@ class TrainerActor(Actor):
         self.delivered()
         await self.blocking(self._write_samples, groups)
         if finite and admit.commit:
-            await self._commit()
-            self._tell_committed()
+            await self._begin_commit()
         self.lease.idle()
 
     async def _accumulate(self, batch: list[Group]) -> None:
@@ -333,29 +340,49 @@ class TrainerActor(Actor):
         self._tell(published)
         return published
 
-    async def _commit(self) -> None:
-        # A committed step is never taken again: its line of metrics has to be there before.
-        with self.time.measure("wait_conductor"):
-            while self.recorded < self.step:
-                self.lease.idle()  # an evaluation may have to be recorded first, on the same devices
-                self.recorded_more.clear()
-                await self.recorded_more.wait()
-        manifest = Manifest(
+    async def _begin_commit(self) -> None:
+        """Copy the state of this step to the host; it is written while the training goes on."""
+        assert self.commits is not None
+        assert self.tasks is not None
+        await self._until_committed()
+        self.commit = Manifest(
             step=self.step,
             policy_version=self.step,
             run_attempt=self.run_attempt,
             groups=self.commit.groups.union(self.trained),
         )
+        self.trained = []
+        for rank in range(1, self.spec.num_ranks):
+            self._tell_rank(rank, "commit")
         async with self._on_device():
-            await self.compute("commit", self._save, manifest)
-        self.commit, self.trained = manifest, []
+            await self.compute("stage", self._stage, self.step)
+        self.commits.start(self.tasks, self._finish_commit(self.commit))
 
-    def _tell_committed(self) -> None:
+    async def _until_committed(self) -> None:
+        assert self.commits is not None
+        if self.commits.in_flight:
+            self.lease.idle()  # an evaluation may have to be recorded first, on the same devices
+            with self.time.measure("wait_commit"):
+                await self.commits.settled()
+
+    async def _finish_commit(self, manifest: Manifest) -> None:
+        assert self.commits is not None
+        began = time.monotonic()
+        await self.commits.write()
+        # A committed step is never taken again: its line of metrics has to be there before.
+        while self.recorded < manifest.step:
+            self.recorded_more.clear()
+            await self.recorded_more.wait()
+        await self.commits.commit(manifest)
+        self._tell_committed(manifest, time.monotonic() - began)
+
+    def _tell_committed(self, manifest: Manifest, seconds: float) -> None:
         self._tell(
             Committed(
-                run_attempt=self.run_attempt,
-                step=self.commit.step,
-                policy_version=self.commit.step,
+                run_attempt=manifest.run_attempt,
+                step=manifest.step,
+                policy_version=manifest.policy_version,
+                seconds=seconds,
             )
         )
 
@@ -402,10 +429,25 @@ class TrainerActor(Actor):
                         self.delivered()
                     case "publish":
                         await self.compute("publish", self._write_parts, Path(payload))
+                    case "commit":
+                        await self._stage_and_write(command.step)
             leader = next((p for p in self.peers_of("trainer") if p.rank == 0), leader)
             if leader is not None:
                 reply = RankReply(rank=self.spec.rank, command=command.command, step=command.step)
                 self.endpoint.send(leader.peer, reply)
+
+    async def _stage_and_write(self, step: int) -> None:
+        assert self.commits is not None
+        assert self.tasks is not None
+        await self.commits.settled()
+        await self.compute("stage", self._stage, step)
+        self.commits.start(self.tasks, self.commits.write())
+
+    def close(self) -> None:
+        """Also the thread that writes commits."""
+        super().close()
+        if self.commits is not None:
+            self.commits.close()
 
     def _on_device(self) -> "_OnDevice":
         return _OnDevice(self)
@@ -418,15 +460,17 @@ class TrainerActor(Actor):
 
     def _take_device(self) -> None:
         if self.engine is None:
-            self.engine = self._build()
+            self._build()
         elif self.offloaded:
             self.engine.onload()
         self.offloaded = False
 
-    def _build(self) -> TrainingEngine:
-        from actors.trainer.building import build_engine
+    def _build(self) -> None:
+        from actors.trainer.building import build_checkpoint_writer, build_engine
 
-        return build_engine(self.spec, self.config)
+        self.engine = build_engine(self.spec, self.config)
+        writer = build_checkpoint_writer(self.spec, self.config)
+        self.commits = Commits(writer, wait=self.inline)
 
     def _warm_up(self, loop: asyncio.AbstractEventLoop) -> None:
         from actors.backends.hf_trainer import HFTrainingEngine
@@ -444,17 +488,23 @@ class TrainerActor(Actor):
         self.trained = []
         self.step = self.commit.step
 
-    def _save(self, manifest: Manifest) -> None:
+    def _commit_alone(self) -> None:
+        """The first commit: the other ranks do not work yet."""
         assert self.engine is not None
+        assert self.commits is not None
+        writer = self.commits.writer
+        writer.stage(self.commit.step, self.engine.state())
+        writer.write(alone=True)
+        writer.commit(self.commit)
+
+    def _stage(self, step: int) -> None:
+        assert self.engine is not None
+        assert self.commits is not None
         # What the next groups of a deterministic job will be sampled with, wherever it goes on.
-        lag = self.config.job.max_staleness if self.config.job.deterministic else 0
-        older = range(max(0, manifest.step - lag), manifest.step)
-        checkpoint.save(
-            self.run_dir,
-            self.engine.state(),
-            manifest,
-            keep=self.config.checkpoint.keep,
-            policies={v: self.weights.load(self.run_attempt, v) for v in older},
+        lag = self.config.job.max_staleness if self.config.job.deterministic and self.leader else 0
+        older = range(max(0, step - lag), step)
+        self.commits.writer.stage(
+            step, self.engine.state(), {v: self.weights.load(self.run_attempt, v) for v in older}
         )
 
     def _begin_publication(self) -> tuple[Publication, dict[str, Any]]:

@@ -18,6 +18,7 @@ from actors.errors import ActorError
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
 from actors.models.text_policy import TextPolicy
+from actors.trainer.checkpoint import CheckpointWriter
 from actors.trainer.warmup import warm_up as warm_up_model
 from channels.lifecycle import ActorSpec
 from sim.registry import make
@@ -38,6 +39,15 @@ def build_engine(spec: ActorSpec, config: JobConfig) -> HFTrainingEngine:
         device=device,
         process_group=_process_group(spec, device) if spec.num_ranks > 1 else None,
     )
+
+
+def build_checkpoint_writer(spec: ActorSpec, config: JobConfig) -> CheckpointWriter:
+    """One rank's, after its engine; with several ranks, all of them call this.
+
+    Ranks agree about a checkpoint while the training goes on, so they do it over a group of their own.
+    """
+    group = dist.new_group(backend="gloo") if spec.num_ranks > 1 else None
+    return CheckpointWriter(Path(spec.run_dir), config.checkpoint, group)
 
 
 def warm_up(

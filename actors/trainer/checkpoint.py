@@ -1,14 +1,13 @@
 """Checkpoints: the trainer's state and the manifest of a step, on disk as one atomic unit.
 
 The state is written and synced first, under a name that does not count; the manifest, made visible by one rename, is
-the commit (see `manifest`). Blocking: call it in the worker thread.
+the commit (see `manifest`). In three blocking calls, so that training can go on after the first: `stage` copies the
+state to the host, `write` puts the copy on disk, `commit` makes it count.
 
 A deterministic job samples with exact versions, also older ones than the commit's: the commit keeps those too.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,49 +15,72 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 
 from actors.backends.contract import TrainingEngine
-from actors.conductor.manifest import FILE as MANIFEST_FILE
-from actors.conductor.manifest import (
-    Manifest,
-    checkpoint_dir,
-    newest_manifest,
-    write_manifest,
-)
+from actors.conductor.manifest import Manifest, checkpoint_dir, newest_manifest, write_manifest
 from actors.errors import BadCheckpoint
+from actors.retention import prune
+from actors.trainer.config import CheckpointConfig
+from actors.trainer.shard_files import Shards, sync, write_shards
+from actors.trainer.staging import HostCopy, Staged
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
-STATE_FILE = "state.safetensors"
 _POLICY = re.compile(r"policy-(\d+)\.safetensors")
 Tensors = Mapping[str, "torch.Tensor"]
 
 
-def save(
-    run_dir: Path,
-    state: Tensors,
-    manifest: Manifest,
-    *,
-    keep: int,
-    policies: Mapping[int, Tensors] | None = None,
-) -> None:
-    """Commit a step; afterwards only the newest `keep` checkpoints stay.
+class CheckpointWriter:
+    """One rank's part in the checkpoints of a run; one of them at a time.
 
-    policies: published weights by version, for `load_policies`
+    group: of all ranks, for objects on the host; None where there is one rank
     """
-    directory = checkpoint_dir(run_dir, manifest.step)
-    if directory.exists():
-        shutil.rmtree(directory)  # of a run attempt that was rolled back before it committed here
-    directory.mkdir(parents=True)
-    _write(directory / STATE_FILE, state)
-    for version, tensors in (policies or {}).items():
-        _write(directory / f"policy-{version}.safetensors", tensors)
-    write_manifest(run_dir, manifest)
-    # Counted are commits alone: what a crash left without a manifest, of a later step perhaps, is no checkpoint.
-    directories = list((run_dir / "checkpoints").glob("step-*"))
-    kept = sorted(d for d in directories if (d / MANIFEST_FILE).exists())[-keep:]
-    for old in directories:
-        if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        group: "dist.ProcessGroup | None" = None,
+    ) -> None:
+        self._run_dir = run_dir
+        self._config = config
+        self._group = group
+        self._copy = HostCopy()
+        self._step = 0
+        self._staged = Staged({}, {})
+        self._policies: Mapping[int, Tensors] = {}
+
+    def stage(self, step: int, state: Tensors, policies: Mapping[int, Tensors] = {}) -> None:
+        """Copy the state of a step to the host; afterwards it may change. The one before has to be written.
+
+        policies: published weights by version, for `load_policies`; they are not copied. For one rank to write.
+        """
+        self._step = step
+        self._staged = self._copy.take(state)
+        self._policies = policies
+
+    def write(self, *, alone: bool = False) -> None:
+        """Write what was staged. When this returns on one rank, the parts of all are on disk.
+
+        alone: the other ranks do not take part, and the state is whole here
+        """
+        directory = checkpoint_dir(self._run_dir, self._step)
+        write_shards(directory, self._staged, None if alone else self._group)
+        for version, tensors in self._policies.items():
+            path = directory / f"policy-{version}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            sync(path)
+        self._policies = {}
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make what was written count, and remove the checkpoints that are no longer wanted."""
+        write_manifest(self._run_dir, manifest)
+        prune(
+            self._run_dir,
+            keep=self._config.keep,
+            keep_every_steps=self._config.keep_every_steps,
+            keep_best=self._config.keep_best,
+        )
 
 
 def load(run_dir: Path, engine: TrainingEngine) -> Manifest:
@@ -66,12 +88,15 @@ def load(run_dir: Path, engine: TrainingEngine) -> Manifest:
     manifest = newest_manifest(run_dir)
     if manifest is None:
         raise BadCheckpoint(f"{run_dir} has no commit: the run never reached its first step")
-    path = checkpoint_dir(run_dir, manifest.step) / STATE_FILE
+    directory = checkpoint_dir(run_dir, manifest.step)
+    shards = Shards(directory)
+    state = shards.empty()
+    shards.read_into(state)
     try:
-        engine.load_state(load_file(path))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        engine.load_state(state)
+    except ValueError as error:
         raise BadCheckpoint(
-            f"{path} cannot be loaded: {error}; remove its directory to go on from the commit before"
+            f"{directory} cannot be loaded: {error}; remove that directory to go on from the commit before"
         ) from error
     return manifest
 
@@ -83,9 +108,3 @@ def load_policies(run_dir: Path, step: int) -> dict[int, "dict[str, torch.Tensor
         if match := _POLICY.fullmatch(path.name):
             found[int(match[1])] = load_file(path)
     return dict(sorted(found.items()))
-
-
-def _write(path: Path, tensors: Tensors) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -41,7 +41,11 @@ class CheckpointConfig(Section, frozen=True, kw_only=True):
     every_steps: Annotated[int, Meta(ge=1)] = 1
     """Steps between two commits; a crash takes the job back to the last one."""
     keep: Annotated[int, Meta(ge=1)] = 2
-    """Commits that stay on disk."""
+    """Newest commits that stay on disk."""
+    keep_every_steps: Annotated[int, Meta(ge=0)] = 0
+    """Keep also every commit at a multiple of this, a multiple of `every_steps`; 0 keeps none."""
+    keep_best: Annotated[int, Meta(ge=0)] = 0
+    """Keep also this many commits that score best in evaluation."""
 
 
 class WarmupConfig(Section, frozen=True, kw_only=True):

@@ -59,7 +59,7 @@ def test_a_crash_before_the_rename_commits_nothing(tmp_path, monkeypatch):
         ({"groups": [[-1, 3]]}, "ranges ascend"),
         ({"groups": [0, 1]}, "Expected `array`"),
         ({"step": "three"}, "Expected `int`"),
-        ({"format": 7}, "format 7, and this version reads 1"),
+        ({"format": 7}, "format 7, and this version reads 2"),
     ],
 )
 def test_a_bad_manifest_is_refused(tmp_path, change, says):

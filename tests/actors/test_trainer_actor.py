@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 from actor_stage import JOB, Peer, Stage, job_config
 
 from actors.conductor.group_set import GroupSet
-from actors.conductor.manifest import Manifest, newest_manifest, write_manifest
+from actors.conductor.manifest import Manifest, checkpoint_dir, newest_manifest, write_manifest
 from actors.episodes import Action, Group, Segment, Turn
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
 from actors.trainer import building
+from actors.trainer.checkpoint import CheckpointWriter
+from actors.trainer.shard_files import Shards
 from channels.channel import Producer
 from channels.endpoint import InlineHub
 from channels.lifecycle import Failed, FirstOutput, LeaseIdle, LeaseWanted, Ready
@@ -162,6 +165,42 @@ def differ(one: Any, other: Any) -> bool:
     return any(not torch.equal(one[name], other[name]) for name in one)
 
 
+class RecordingWriter(CheckpointWriter):
+    """A rank's writer without the group of ranks, which are in one process here: each writes as if it were alone."""
+
+    def __init__(self, spec: Any, config: JobConfig) -> None:
+        ranks_own = Path(spec.run_dir) / f"rank-{spec.rank}" if spec.rank else Path(spec.run_dir)
+        super().__init__(ranks_own, config.checkpoint)
+        self.calls: list[Any] = []
+        self.disk = threading.Event()  # it is slow while this is not set
+        self.disk.set()
+
+    def stage(self, step: int, *given: Any) -> None:
+        self.calls.append(step)
+        super().stage(step, *given)
+
+    def write(self, **given: Any) -> None:
+        assert self.disk.wait(20)
+        self.calls.append("write")
+        super().write(**given)
+
+    def commit(self, manifest: Manifest) -> None:
+        self.calls.append("commit")
+        super().commit(manifest)
+
+
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch) -> dict[int, RecordingWriter]:
+    """The checkpoint writer of each rank."""
+    made: dict[int, RecordingWriter] = {}
+
+    def build(spec: Any, config: JobConfig) -> RecordingWriter:
+        return made.setdefault(spec.rank, RecordingWriter(spec, config))
+
+    monkeypatch.setattr(building, "build_checkpoint_writer", build)
+    return made
+
+
 def test_the_first_commit_is_the_model_as_it_was_made(run: Run, tmp_path: Path) -> None:
     """Ready at step 0; BeginRun publishes version 0 under the run attempt it names."""
 
@@ -226,8 +265,11 @@ def test_interleaved_steps_train_their_own_groups(
             assert (second.step, second.policy_version) == (1, 2)
             await play.conductor.take(Committed, 2)
             order = [type(m) for m in play.conductor.messages if not isinstance(m, GroupReceived)]
-            step = [WeightsPublished, StepDone, Committed]
-            assert order == [TrainerReady, WeightsPublished, *step, *step]
+            # The second step need not wait for the first one's commit.
+            beside = [kind for kind in order if kind is not Committed]
+            step = [WeightsPublished, StepDone]
+            assert beside == [TrainerReady, WeightsPublished, *step, *step]
+            assert [m.step for m in play.conductor.of(Committed)] == [1, 2]
             manifest = newest_manifest(tmp_path)
             assert manifest is not None
             assert (manifest.step, manifest.groups) == (2, GroupSet.of(range(6)))
@@ -427,6 +469,44 @@ def test_a_step_is_committed_once_its_metrics_are_written(run: Run, tmp_path: Pa
     run(main)
 
 
+def test_training_goes_on_while_a_commit_is_written(
+    run: Run, tmp_path: Path, writers: dict[int, RecordingWriter]
+) -> None:
+    """One commit is in flight: the step after it is trained, and that one's commit waits. Pausing waits for both."""
+
+    async def main() -> None:
+        async with Play(tmp_path, job_config(job={"max_staleness": 1})) as play:
+            await play.begin()
+            writer = writers[0]
+            writer.disk.clear()
+            await play.deliver(*(make_group(group) for group in range(6)))
+            play.admit(0, 0, 1, last=True)
+            play.admit(1, 2, 3, last=True)
+            play.admit(2, 4, 5, last=True)
+            play.say(CommitAndPause())
+            assert (await play.step_done(2)).step == 1
+            weights = play.directory.load(0, 1)
+            await play.stage.until(lambda: play.stage.actor.time.waits_for == "commit")
+            assert writer.calls == [0, "write", "commit", 1]
+            assert not play.conductor.of(Committed)
+            assert newest_manifest(tmp_path) == Manifest(step=0, policy_version=0, run_attempt=0)
+            writer.disk.set()
+            assert (await play.conductor.take(Committed)).step == 1
+            assert len(play.conductor.of(Committed)) == 1
+            # What counts now is step 1 as it was, though step 2 was trained before it was written.
+            saved = Shards(checkpoint_dir(tmp_path, 1))
+            state = saved.empty()
+            saved.read_into(state)
+            for name, tensor in weights.items():
+                assert torch.equal(state[f"model.{name}"], tensor)
+            last = await play.conductor.take(Committed, 3)
+            assert last.step == 3
+            assert last.seconds > 0
+            assert [m.step for m in play.conductor.of(Committed)] == [1, 2, 3]
+
+    run(main)
+
+
 @pytest.mark.parametrize("admitted", [0, 1])
 def test_commits_and_pauses(run: Run, tmp_path: Path, admitted: int) -> None:
     """At a boundary or with a step begun: it commits what is whole, and trains nothing more."""
@@ -620,8 +700,13 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> dict[int, FakeEngine]:
     return made
 
 
-def test_ranks_share_a_step(run: Run, tmp_path: Path, engines: dict[int, FakeEngine]) -> None:
-    """The leader gives each rank groups by tokens, has all of them update, and parks them with itself."""
+def test_ranks_share_a_step(
+    run: Run,
+    tmp_path: Path,
+    engines: dict[int, FakeEngine],
+    writers: dict[int, RecordingWriter],
+) -> None:
+    """The leader gives each rank groups by tokens, has all of them update and commit, and parks them with itself."""
 
     async def main() -> None:
         config = job_config(job={"groups_per_step": 4}, trainer={"devices": 2})
@@ -675,6 +760,10 @@ def test_ranks_share_a_step(run: Run, tmp_path: Path, engines: dict[int, FakeEng
                 play.admit(1, 4, 5, 6, 7, last=True)
                 await play.step_done(2)
                 assert "onload" in engines[1].calls
+                await play.conductor.take(Committed, 2)
+                whole = ["write", "commit"]
+                assert writers[0].calls == [0, *whole, 1, *whole, 2, *whole]
+                assert writers[1].calls == [1, "write", 2, "write"]
                 assert f"{JOB}/trainer-0.1" == follower.spec.peer
 
     run(main)

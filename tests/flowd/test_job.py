@@ -96,6 +96,10 @@ def test_overrides_win_over_the_file():
         (["trainer.betas=[0.9]"], ["exactly 2 values", "default is [0.9, 0.95]"]),
         (['trainer.betas=[0.9, "x"]'], ["must be a number in every place"]),
         (["trainer.betas=[0.9, 1.5]"], ["betas = [0.9, 1.5]", "less than 1"]),
+        (
+            ["checkpoint.every_steps=10", "checkpoint.keep_every_steps=25"],
+            ["keep_every_steps = 25", "commits come every 10 steps", "a multiple"],
+        ),
         (["env.args=3"], ["must be a table", "write args = {name = value}"]),
         (["env.args.digits=3"], ["[env] args = {digits = 3}", 'did you mean "min_digits"?']),
         (["env.task=gsm8k"], ['[env] task = "gsm8k"', 'needs the argument "path"']),

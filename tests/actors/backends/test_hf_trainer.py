@@ -290,20 +290,27 @@ def test_a_restored_engine_continues_as_if_nothing_had_happened():
     straight = engine(qwen(), config)
     step(straight, groups)
     step(straight, broken(groups))
-    saved = straight.state()
-    frozen = {name: tensor.clone() for name, tensor in saved.items()}
+    saved = copied(straight.state())
+    frozen = copied(saved)
     restored = engine(qwen(), config)
     step(restored, groups[:1])  # whatever it did before is forgotten
     restored.load_state(saved)
     assert step(restored, groups) == step(straight, groups)
     assert difference(parameters(restored), parameters(straight)) == 0
-    assert all(torch.equal(saved[name], frozen[name]) for name in frozen)  # a copy, not a view
+    assert all(
+        torch.equal(saved[name], frozen[name]) for name in frozen
+    )  # it copies what it is given
+
+
+def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state as it is now: the next step changes what the engine gave."""
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def test_a_state_from_before_the_first_step_forgets_the_moments():
     """A run rolled back to its start takes its first step anew."""
     trainer = engine(qwen())
-    start = trainer.state()
+    start = copied(trainer.state())
     first = step(trainer, make_groups())
     after = parameters(trainer)
     trainer.load_state(start)

@@ -56,7 +56,7 @@ def trainer_of(case: Case, config: TrainerConfig, group: Any = None) -> HFTraini
 
 def gradients(trainer: HFTrainingEngine) -> dict[str, Tensor]:
     """What the updates saw: the first moment, in which they are summed."""
-    return {k: v for k, v in trainer.state().items() if k.startswith("exp_avg.")}
+    return {k: v.clone() for k, v in trainer.state().items() if k.startswith("exp_avg.")}
 
 
 def assert_same_gradient(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -202,7 +202,7 @@ def test_the_reference_is_the_policy_before_the_first_step_also_after_a_restart(
     first, second = step(straight, groups), step(straight, groups)
     assert first["kl_reference"] == 0
     assert second["kl_reference"] > 0
-    saved = straight.state()
+    saved = {name: tensor.clone() for name, tensor in straight.state().items()}
     restored = engine(qwen(), WHOLE, **settings)
     restored.load_state(saved)
     assert step(restored, groups) == step(straight, groups)
@@ -232,7 +232,7 @@ def test_an_episode_that_was_cut_off_is_worth_more_than_its_rewards():
     [group] = make_groups(1)
     open_ended = cut_off(group)
     trainers = [engine(qwen(), WHOLE, name="ppo", value_coefficient=1.0) for _ in range(2)]
-    state = trainers[0].state()
+    state = {name: tensor.clone() for name, tensor in trainers[0].state().items()}
     state["model.critic.head.bias"] += 5.0
     for trainer in trainers:
         trainer.load_state(state)
