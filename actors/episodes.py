@@ -67,11 +67,16 @@ class Action:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One observation (as its record: text, or None where too large to keep), the action, and its reward."""
+    """One observation (as its record: text, or None where too large to keep), the action, and its reward.
+
+    computed: what inference actors add on the way to the trainer, by name: float32 [tokens], in line with the action's;
+    "reference", log-probs under the reference policy
+    """
 
     observation: Any
     action: Action
     reward: float
+    computed: dict[str, Float32] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from actors.algorithms.config import AlgorithmConfig
 from actors.conductor.config import EvalConfig, GuardsConfig, JobSection, MetricsConfig
 from actors.config import Section
 from actors.env.config import EnvConfig
+from actors.inference.config import InferenceConfig
 from actors.models.config import ModelConfig, PolicyConfig
 from actors.rollout.config import RolloutConfig
 from actors.trainer.config import CheckpointConfig, TrainerConfig, WarmupConfig
@@ -22,6 +23,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     policy: PolicyConfig | None = None
     """A policy that acts on arrays; [model] is not read then."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
@@ -36,3 +38,13 @@ class JobConfig(Section, frozen=True, kw_only=True):
         if self.env.max_turns is not None:
             return self.env.max_turns
         return 1 if self.policy is None else ENDLESS
+
+    @property
+    def source_of_groups(self) -> str:
+        """The kind of actor that the trainer gets groups from."""
+        return "inference" if self.inference.devices else "env"
+
+    @property
+    def target_of_groups(self) -> str:
+        """The kind of actor that env actors give finished groups to."""
+        return "inference" if self.inference.devices else "trainer"

@@ -131,12 +131,16 @@ class Lease:
             return
         self.epoch = epoch
         self.shared = shared
+        # Our last "busy" crossed the revocation, so flowd took it for a wish; what it was about was done meanwhile.
+        for_nothing = not self._wanted and self._released is not None and not self._follows
         self._wanted = False
         self._idle = False
         self._revocation = None
         self._let_go = False
         self._gave_up.set()
         self._granted.set()
+        if for_nothing:
+            self.idle()
 
     def revoked(self, epoch: int, offload: bool) -> None:
         """flowd wants the devices back; an epoch of the past is answered by nothing."""

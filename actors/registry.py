@@ -7,15 +7,17 @@ ACTORS = {
     "conductor": "actors.conductor.actor:ConductorActor",
     "env": "actors.env.actor:EnvActor",
     "rollout": "actors.rollout.actor:RolloutActor",
+    "inference": "actors.inference.actor:InferenceActor",
     "trainer": "actors.trainer.actor:TrainerActor",
 }
 
 # Who talks to whom: flowd introduces exactly these pairs to each other.
 PEERS: dict[str, frozenset[str]] = {
-    "conductor": frozenset({"env", "rollout", "trainer"}),
-    "env": frozenset({"conductor", "rollout", "trainer"}),
+    "conductor": frozenset({"env", "rollout", "inference", "trainer"}),
+    "env": frozenset({"conductor", "rollout", "inference", "trainer"}),
     "rollout": frozenset({"conductor", "env"}),
-    "trainer": frozenset({"conductor", "env", "trainer"}),
+    "inference": frozenset({"conductor", "env", "trainer"}),
+    "trainer": frozenset({"conductor", "env", "inference", "trainer"}),
 }
 
 

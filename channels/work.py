@@ -3,7 +3,8 @@
 Channels of a job (names and payloads):
     "tickets"   conductor → env       Ticket as a dict; acknowledged when the trainer has the group
     "requests"  env → rollout         the turn of a group: see actors/env/actor.py; acknowledged with the actions
-    "groups"    env → trainer         a Group; acknowledged when the trainer holds it
+    "groups"    env → trainer         a Group; acknowledged when the trainer holds it. With inference actors
+                                      env → inference → trainer: they pass it on with what they computed
 
 New weights are announced by `channels.weights.WeightsPublished`, trainer to conductor to rollouts: in order, and to an
 actor that joins late the newest.
@@ -119,6 +120,6 @@ class InCall(Message, frozen=True, tag="in_call"):
 
 
 class StageTimes(Message, frozen=True, tag="stage_times"):
-    """Env and rollout actors to conductor, once a step: seconds of their life so far, by what they did."""
+    """Env, rollout and inference actors to conductor, once a step: seconds of their life so far, by what they did."""
 
     seconds: dict[str, float]

@@ -35,9 +35,11 @@ PRELOAD = (
     "actors.conductor.actor",
     "actors.env.actor",
     "actors.rollout.actor",
+    "actors.inference.actor",
     "actors.trainer.actor",
     "actors.trainer.building",
     "actors.backends.hf_engine",
+    "actors.inference.building",
     "actors.models.text_policy",
     "torch.utils.tensorboard.writer",
 )

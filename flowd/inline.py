@@ -23,7 +23,7 @@ from flowd.jobs import Job
 from flowd.leases import LeaseTable
 from flowd.leasing import LeaseShell
 from flowd.paths import JobPlaces
-from flowd.planner import plan, trainer_devices
+from flowd.planner import plan, stage_devices
 
 DEBUGGER_QUIT = "bdb.BdbQuit"
 Emit = Callable[[str, dict[str, Any]], None]
@@ -54,7 +54,7 @@ async def run_inline(config: JobConfig, run_dir: Path, cache_dir: Path, emit: Em
     host_class = import_module("actors.host").ActorHost
     hub = InlineHub()
     endpoint = hub.endpoint("flowd")
-    count = config.rollout.devices + trainer_devices(config)
+    count = sum(stage_devices(config).values())
     devices = inventory(f"cpu:{count}")
     leases = LeaseShell(LeaseTable({device.id: device.memory_bytes for device in devices}))
     weights_dir = Path(tempfile.mkdtemp(prefix="flowd-inline-"))

@@ -32,7 +32,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     **{("algorithm", key): known for key, known in ALGORITHM_CHOICES.items()},
     ("model", "tokenizer"): ("characters",),
 }
-STAGES_WITH_PYTHON = ("env", "rollout", "trainer")
+STAGES_WITH_PYTHON = ("env", "rollout", "inference", "trainer")
 TEXT_TASKS = "sim.text."  # import nothing heavy; simulators, and tasks of a user's own, are checked by their actors
 LARGEST_WHOLE_NUMBER = 2**63 - 1  # of TOML and of the wire
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -212,6 +212,19 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
         "algorithm",
         "dynamic_sampling",
         "leaves every group of one sample out, so nothing would be trained: set rollout.group_size to 2 or more",
+    )
+    require(
+        not config.inference.devices or config.algorithm.kl_coefficient > 0,
+        "inference",
+        "devices",
+        "has nothing to compute: only the reference's log-probs are, and algorithm.kl_coefficient = 0 asks for none; "
+        "use 0, or give the KL a weight",
+    )
+    require(
+        not (config.inference.devices and config.policy is not None),
+        "inference",
+        "devices",
+        "reads language models only, and the job has a [policy]: use 0, and the trainer computes the reference",
     )
     broken = broken_rule(config.algorithm)
     if broken is not None:

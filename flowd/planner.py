@@ -3,11 +3,12 @@
 Pure decisions. A replica keeps its device set for life, so every change of the plan is a list of
 replicas to start and to stop; the leases see to it that nobody computes on a device before its
 holder let go. Placement, in both modes: idle devices only, the trainer first and its ranks on
-distinct GPUs where possible (NCCL wants one rank a GPU), then rollout where least else runs.
+distinct GPUs where possible (NCCL wants one rank a GPU), then rollout and inference, a replica a
+device, where least else runs.
 
-Disaggregated stages hold disjoint devices. Collocated, rollout and trainer share one set of
-max(rollout.devices, trainer.devices) devices and take turns. Growing a collocated stage takes the
-devices that only the other one uses first, then idle ones, which join the shared set.
+Disaggregated stages hold disjoint devices. Collocated, all of them share one set of as many devices
+as the largest stage has, and take turns. Growing a collocated stage takes the devices that only
+others use first, then idle ones, which join the shared set.
 """
 
 import difflib
@@ -21,7 +22,7 @@ from flowd.devices import Device, device_order, physical
 from flowd.errors import RequestError
 
 MODES = ("disaggregated", "collocated")
-DEVICE_STAGES = ("rollout", "trainer")
+DEVICE_STAGES = ("rollout", "inference", "trainer")
 
 
 class PlanError(RequestError):
@@ -96,31 +97,40 @@ def plan(
         raise PlanError(f"[job] mode = {mode!r} is not a mode: use {_nearest(mode, MODES)}")
     occupied = occupied or {}
     idle = [device.id for device in devices if device.id not in occupied]
-    rollout, trainer = config.rollout.devices, trainer_devices(config)
+    sizes = stage_devices(config)
     collocated = mode == "collocated"
-    asked = max(rollout, trainer) if collocated else rollout + trainer
+    asked = max(sizes.values()) if collocated else sum(sizes.values())
     if asked > len(idle):
         raise PlanError(_too_few(config, asked, devices, idle, occupied))
     busy = Counter(physical(device) for device in occupied)
+    placed: dict[str, list[str]] = {}
     if collocated:
         shared = _pick(idle, asked, busy)
-        on_trainer, on_rollout = shared[:trainer], shared[:rollout]
+        placed = {stage: shared[:size] for stage, size in sizes.items()}
     else:
-        on_trainer = _pick(idle, trainer, busy)
-        left = [device for device in idle if device not in on_trainer]
-        on_rollout = _pick(left, rollout, busy + Counter(map(physical, on_trainer)))
+        for stage in sorted(sizes, key=lambda stage: stage != "trainer"):
+            placed[stage] = _pick(idle, sizes[stage], busy)
+            idle = [device for device in idle if device not in placed[stage]]
+            busy += Counter(map(physical, placed[stage]))
     builder = _Builder({})
     replicas = (
         *(builder.make("env", ()) for _ in range(config.env.actors)),
-        *(builder.make("rollout", (device,)) for device in sorted(on_rollout, key=device_order)),
-        *([builder.make("trainer", on_trainer)] if trainer else []),
+        *(
+            builder.make(stage, (device,))
+            for stage in sizes
+            if stage != "trainer"
+            for device in sorted(placed[stage], key=device_order)
+        ),
+        *([builder.make("trainer", placed["trainer"])] if "trainer" in placed else []),
     )
     return Plan(mode=mode, replicas=replicas, next_index=builder.next_index)
 
 
-def trainer_devices(config: JobConfig) -> int:
-    """Devices of the trainer; a job of no steps has none."""
-    return config.trainer.devices if config.job.steps else 0
+def stage_devices(config: JobConfig) -> dict[str, int]:
+    """Devices by stage, of the stages that the job has; one of no steps only generates."""
+    stages = DEVICE_STAGES if config.job.steps else ("rollout",)
+    sizes = {stage: getattr(config, stage).devices for stage in stages}
+    return {stage: size for stage, size in sizes.items() if size}
 
 
 def plan_scale(
@@ -212,7 +222,7 @@ def _check_from(current: Plan, stage: str, from_stage: str) -> None:
     if from_stage not in DEVICE_STAGES:
         raise PlanError(
             f"--from {from_stage}: {from_stage} actors hold no devices; "
-            f"use {_nearest(from_stage, [s for s in DEVICE_STAGES if s != stage])}"
+            f"use {_nearest(from_stage, [s for s in current.stages if s in DEVICE_STAGES and s != stage])}"
         )
 
 
@@ -226,7 +236,7 @@ def _scale_actors(current: Plan, stage: str, want: int) -> ScaleDecision:
 def _shrink(current: Plan, stage: str, want: int) -> ScaleDecision:
     builder = _Builder(current.next_index)
     replicas = current.stage(stage)
-    if stage == "rollout":
+    if stage != "trainer":
         return _decision(current, builder, [], replicas[want:])  # the youngest leave
     keep = _pick(current.devices(stage), want, {})
     return _decision(current, builder, *_reshard(builder, replicas, keep))
@@ -240,7 +250,7 @@ def _grow(
     builder = _Builder(current.next_index)
     taken: list[str] = []
     if current.mode == "collocated":
-        # Costs nobody anything: the other stage keeps the device, the two take turns on it.
+        # Costs nobody anything: the others keep the device, and all take turns on it.
         others = [device for device in current.devices() if device not in held]
         taken += _pick(others, min(missing, len(others)), Counter(map(physical, held)))
     busy = Counter(physical(device) for device in current.devices())
@@ -257,7 +267,7 @@ def _grow(
         assert from_stage is not None
         start, stop, freed = _take(current, builder, from_stage, short, held)
         taken += freed
-    if stage == "rollout":
+    if stage != "trainer":
         start += [builder.make(stage, (device,)) for device in sorted(taken, key=device_order)]
     else:
         more, old = _reshard(builder, current.stage(stage), [*held, *taken])
@@ -314,21 +324,22 @@ def _too_few(
     idle: Sequence[str],
     occupied: Mapping[str, str],
 ) -> str:
-    rollout, trainer = config.rollout.devices, trainer_devices(config)
-    if not trainer:
-        need, fits = f"[rollout] devices = {rollout}", f"set it to {len(idle)}"
+    sizes = stage_devices(config)
+    named = [f"[{stage}] devices = {size}" for stage, size in sizes.items()]
+    if len(sizes) == 1:
+        need, fits = named[0], f"set it to {len(idle)}"
     elif config.job.mode == "collocated":
-        need = f"max([rollout] devices = {rollout}, [trainer] devices = {trainer}) = {asked}"
-        fits = f"set both to at most {len(idle)}"
+        need = f"max({', '.join(named)}) = {asked}"
+        fits = f"set {'both' if len(sizes) == 2 else 'each'} to at most {len(idle)}"
     else:
-        need = f"[rollout] devices = {rollout} + [trainer] devices = {trainer} = {asked}"
-        shared = max(rollout, trainer)
+        need = f"{' + '.join(named)} = {asked}"
+        shared = max(sizes.values())
         fits = f"set them to {len(idle)} together"
         if shared <= len(idle):
             fits += f', or [job] mode = "collocated" (needs {shared})'
     holders = Counter(occupied[device.id] for device in devices if device.id in occupied)
     held = "".join(f"; {who} holds {count}" for who, count in sorted(holders.items()))
-    least = 1 if config.job.mode == "collocated" or not trainer else 2
+    least = 1 if config.job.mode == "collocated" else len(sizes)
     out = fits if len(idle) >= least else "free some"
     return (
         f'job "{config.job.name}": {config.job.mode} needs {need} devices, and of '
@@ -354,7 +365,8 @@ def _cannot_grow(
     say = f"{stage} has {have} and +{missing} was asked: {_listed(idle)}{holders}"
     if current.mode == "collocated":
         return f"{say}, of which {found} can be used: ask for at most {stage}=+{found}"
-    giver = from_stage or next(s for s in DEVICE_STAGES if s != stage)
+    others = [other for other in current.stages if other in DEVICE_STAGES and other != stage]
+    giver = from_stage or max(others, key=current.size)
     spare = len(current.devices(giver)) - 1
     if from_stage is not None:
         return (

@@ -147,10 +147,34 @@ class TrainingEngine(Protocol):
         """All that a restart needs (parameters, optimizer moments, step counter) as a flat mapping.
 
         Not copies: the next step changes them. DTensors where a rank has a shard, plain tensors where each has all.
+        The policy's parameters are "model.NAME", the critic's "model.critic.NAME"; `policy_of` takes the first.
         """
         ...
 
     def load_state(self, state: "Mapping[str, torch.Tensor]") -> None: ...
+
+    def offload(self) -> None: ...
+
+    def onload(self) -> None: ...
+
+    def memory_bytes(self) -> int: ...
+
+
+def policy_of(state: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """The policy's parameters in a training engine's state, by their Hugging Face names."""
+    return {
+        name.removeprefix("model."): tensor
+        for name, tensor in state.items()
+        if name.startswith("model.") and not name.startswith("model.critic.")
+    }
+
+
+class ReferenceEngine(Protocol):
+    """A frozen policy that says how likely it finds what another one sampled."""
+
+    def read(self, group: Group) -> Group:
+        """The group with log-probs of its trained tokens as `computed["reference"]` of every turn."""
+        ...
 
     def offload(self) -> None: ...
 

@@ -44,6 +44,7 @@ class HFTrainingEngine:
     policy, where one is asked for, is what the weights were before the first step.
 
     process_group: of all ranks, or None for one
+    keep_reference: False where groups bring the reference's log-probs, see actors.inference
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class HFTrainingEngine:
         config: TrainerConfig,
         device: str | torch.device = "cpu",
         process_group: dist.ProcessGroup | None = None,
+        keep_reference: bool = True,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(True)
@@ -82,7 +84,7 @@ class HFTrainingEngine:
         )
         self._logprobs = TokenLogprobs(self.model)
         self._reference: Any = None
-        self._needs_reference = settings.kl_coefficient > 0
+        self._needs_reference = keep_reference and settings.kl_coefficient > 0
         self._several_updates = settings.epochs * settings.mini_batches > 1
         # Until the whole step is there: its mean and deviation, or how to cut it into updates, are not known before.
         self._waits = self._several_updates or scope(settings) == "batch"
@@ -108,6 +110,8 @@ class HFTrainingEngine:
         """Forward and backward over complete groups; where the algorithm's scope is the whole batch, or a step is
         several updates, forward only, for what advantages are computed from."""
         laid_out = lay_out(groups)
+        if self._algorithm_config.kl_coefficient and not self._needs_reference:
+            assert all(s.reference is not None for s in laid_out.sequences), "no inference actor"
         self._read_before_update(laid_out.sequences)
         set_targets(
             laid_out,

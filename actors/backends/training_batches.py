@@ -17,6 +17,7 @@ from actors.algorithms.contract import Algorithm, Episodes
 from actors.algorithms.rewards import soft_overlong_penalty
 from actors.episodes import Action, Group, Sampling, Segment
 
+REFERENCE = "reference"  # in what inference actors computed
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
@@ -217,8 +218,17 @@ def _sequence(segment: Segment, group: int, sample: int) -> tuple[TrainingSequen
         sampling=_sampling(actions),
         group=group,
         sample=sample,
+        reference=_computed(segment, REFERENCE),
     )
     return sequence, before
+
+
+def _computed(segment: Segment, name: str) -> Float64 | None:
+    """[trained], what inference actors said of the trained tokens; None if nobody asked them."""
+    if any(name not in turn.computed for turn in segment.turns):
+        return None
+    found = [turn.computed[name][turn.action.mask] for turn in segment.turns]
+    return np.concatenate(found, dtype=np.float64)
 
 
 def _sampling(actions: Sequence[Action]) -> Sampling:

@@ -3,8 +3,8 @@
 For every ticket it resets one slot per sample with the group's seed, then plays turn by turn: the observations go to a
 rollout actor together with the tokens of the history (opaque here), the actions come back, the environment steps. A
 turn's request is one item on the channel "requests", a TurnRequest, and is acknowledged with a tuple of Action, None
-where the context has no room for another turn. The finished group goes to the trainer; when the trainer holds it the
-ticket is acknowledged.
+where the context has no room for another turn. The finished group goes to the trainer, through an inference actor where
+the job has some; when the trainer holds it the ticket is acknowledged.
 
 Problems of an evaluation come on a channel of their own and are played in an environment of their own; they are
 acknowledged with what came of them, and nobody trains on them.
@@ -167,7 +167,7 @@ class EnvActor(Actor):
                 self.evaluations.add_producer(peer.peer)
             case "rollout":
                 self.requests.add_consumer(peer.peer)
-            case "trainer" if peer.rank == 0:
+            case kind if kind == self.config.target_of_groups and peer.rank == 0:
                 self.groups.add_consumer(peer.peer)
 
     def on_peer_lost(self, peer: Introduce) -> None:
@@ -178,7 +178,7 @@ class EnvActor(Actor):
                 self.evaluations.remove_producer(peer.peer)
             case "rollout":
                 self.requests.remove_consumer(peer.peer)
-            case "trainer" if peer.rank == 0:
+            case kind if kind == self.config.target_of_groups and peer.rank == 0:
                 self.groups.remove_consumer(peer.peer)
 
     async def _attend_all(

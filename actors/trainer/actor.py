@@ -19,7 +19,8 @@ from typing import Any
 
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
-from actors.backends.contract import TrainingEngine
+from actors.backends.contract import TrainingEngine, policy_of
+from actors.backends.reference_file import save_reference
 from actors.conductor.manifest import Manifest, newest_manifest
 from actors.episodes import Group, Segment
 from actors.json_lines import line_of
@@ -113,21 +114,21 @@ class TrainerActor(Actor):
             self.tasks.create_task(self._lead())
 
     def on_peer(self, peer: Introduce) -> None:
-        """Tell a conductor where the weights stand; take groups from env actors."""
+        """Tell a conductor where the weights stand; take groups from env or inference actors."""
         if not self.leader:
             return
         if peer.kind == "conductor":
             self.conductor = peer
             attempt = max(self.run_attempt, 0)
             self._tell(TrainerReady(epoch=self.spec.epoch, step=self.step, run_attempt=attempt))
-        elif peer.kind == "env":
+        elif peer.kind == self.config.source_of_groups:
             self.groups.add_producer(peer.peer)
         elif len(self.peers_of("trainer")) == self.spec.num_ranks - 1:
             self.all_ranks.set()
 
     def on_peer_lost(self, peer: Introduce) -> None:
-        """What a dead env actor had delivered stays."""
-        if self.leader and peer.kind == "env":
+        """What a dead env or inference actor had delivered stays."""
+        if self.leader and peer.kind == self.config.source_of_groups:
             self.groups.remove_producer(peer.peer)
         elif self.conductor is not None and peer.peer == self.conductor.peer:
             self.conductor = None
@@ -493,7 +494,10 @@ class TrainerActor(Actor):
         assert self.engine is not None
         assert self.commits is not None
         writer = self.commits.writer
-        writer.stage(self.commit.step, self.engine.state())
+        state = self.engine.state()
+        if self.config.inference.devices:
+            save_reference(self.run_dir, policy_of(state))  # before it counts that there is a commit
+        writer.stage(self.commit.step, state)
         writer.write(alone=True)
         writer.commit(self.commit)
 

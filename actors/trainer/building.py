@@ -38,6 +38,7 @@ def build_engine(spec: ActorSpec, config: JobConfig) -> HFTrainingEngine:
         config=config.trainer,
         device=device,
         process_group=_process_group(spec, device) if spec.num_ranks > 1 else None,
+        keep_reference=not config.inference.devices,
     )
 
 

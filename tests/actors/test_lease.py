@@ -343,6 +343,30 @@ def test_idle_and_busy_are_said_only_when_shared(run: Run) -> None:
     run(main)
 
 
+def test_a_grant_that_nobody_waits_for_is_idle(run: Run) -> None:
+    """Its "busy" crossed a revocation, which flowd takes for a wish. Were the grant kept, all others would starve."""
+
+    async def main() -> None:
+        flowd = Flowd()
+        entering = asyncio.create_task(enter(flowd.lease))
+        await turns()
+        flowd.lease.granted(1, shared=True)
+        await entering
+        flowd.lease.idle()
+        flowd.take_heard()
+        async with flowd.lease:
+            flowd.lease.revoked(1, offload=False)  # it left flowd before "busy" came there
+        await turns()
+        assert flowd.take_heard() == [("busy", 1), ("released", 1, 7)]
+        flowd.lease.idle()
+        flowd.lease.granted(2, shared=True)
+        assert flowd.take_heard() == [("idle", 2)]
+        await enter(flowd.lease)
+        assert flowd.take_heard() == [("busy", 2)]
+
+    run(main)
+
+
 def test_an_idle_holder_says_so_when_it_becomes_shared(run: Run) -> None:
     """It had been idle without saying it; the newcomer would wait for ever."""
 

@@ -126,6 +126,11 @@ def test_overrides_win_over_the_file():
         (["algorithm.kl_place=rewards"], ["did you mean reward?"]),
         (["algorithm.correction=token"], ['correction = "token"', 'set proximal = "recomputed"']),
         (["algorithm.name=gspo", "rollout.group_size=1"], ["gspo compares the samples"]),
+        (
+            ["algorithm.name=ppo", "rollout.group_size=1", "algorithm.dynamic_sampling=true"],
+            ["dynamic_sampling = true leaves every group", "rollout.group_size to 2"],
+        ),
+        (["inference.devices=1"], ["[inference] devices = 1 has nothing to compute"]),
         (["model.tokenizer=character"], ["did you mean characters?"]),
         (["model.hidden_size=100", "model.num_heads=8"], ["multiple of 16", "use 112"]),
         (["env.task=arithmetics"], ["is not a task", "did you mean arithmetic?"]),

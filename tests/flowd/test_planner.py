@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from actors.conductor.config import JobSection
 from actors.env.config import EnvConfig
+from actors.inference.config import InferenceConfig
 from actors.job_config import JobConfig
 from actors.rollout.config import RolloutConfig
 from actors.trainer.config import TrainerConfig
@@ -21,6 +22,10 @@ def job(rollout=2, trainer=1, mode="disaggregated", env=2) -> JobConfig:
         rollout=RolloutConfig(devices=rollout),
         trainer=TrainerConfig(devices=trainer),
     )
+
+
+def with_inference(devices: int, **given) -> JobConfig:
+    return msgspec.structs.replace(job(**given), inference=InferenceConfig(devices=devices))
 
 
 def cpus(count: int) -> list[Device]:
@@ -57,6 +62,38 @@ def test_collocated_stages_share_the_larger_of_the_two_sets(rollout, trainer):
     assert on_rollout <= on_trainer or on_trainer <= on_rollout
     assert len(made.stage("rollout")) == rollout
     assert len(made.stage("trainer")) == 1
+
+
+def test_inference_is_a_replica_a_device_like_rollout():
+    """Its own devices, or in turns with the others on those of the largest stage; without any it is no stage."""
+    made = plan(with_inference(2, rollout=1, trainer=2), cpus(5))
+    assert [(r.id, r.devices) for r in made.replicas if r.devices] == [
+        ("rollout-0", ("cpu:2",)),
+        ("inference-0", ("cpu:3",)),
+        ("inference-1", ("cpu:4",)),
+        ("trainer-0", ("cpu:0", "cpu:1")),
+    ]
+    made = plan(with_inference(3, rollout=1, trainer=2, mode="collocated"), cpus(4))
+    assert made.devices() == made.devices("inference") == ("cpu:0", "cpu:1", "cpu:2")
+    assert "inference" not in plan(job(), cpus(4)).stages
+    with pytest.raises(
+        PlanError, match=r"= 1 \+ \[inference\] devices = 1 \+ \[trainer\] .* = 3 dev"
+    ):
+        plan(with_inference(1, rollout=1), cpus(2))
+
+
+def test_inference_grows_and_shrinks_by_replicas():
+    """Onto idle devices, or from a stage that is named; the youngest leave."""
+    current = plan(with_inference(1, rollout=3), cpus(6))
+    decision = plan_scale(current, "inference", "+2", cpus(6)[5:], from_stage="rollout")
+    assert [r.id for r in decision.start] == ["inference-1", "inference-2"]
+    assert len(decision.stop) == 1
+    assert decision.stop[0].startswith("rollout-")
+    assert plan_scale(decision.plan, "inference", "1", []).stop == ("inference-1", "inference-2")
+    with pytest.raises(PlanError, match="or add --from rollout"):
+        plan_scale(current, "inference", "+1", [])
+    with pytest.raises(PlanError, match="no stage 'inference' in this job"):
+        plan_scale(plan(job(), cpus(4)), "inference", "+1", cpus(4)[3:])
 
 
 def test_occupied_devices_are_left_alone():
