@@ -1,30 +1,56 @@
 """What the channel tests share: webs of routers on every transport, and peers in other processes."""
 
 import asyncio
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from host_gpu import HostGpu
 
 from channels.channel import ChannelRouter, Consumer, Producer
 from channels.endpoint import MAX_PAYLOAD_BYTES, Endpoint, InlineHub, ZmqEndpoint
+from channels.messages import Message
+from channels.payload import Encoded
+from channels.tensors.device_messages import (
+    DeviceAnswered,
+    DeviceOffered,
+    NcclAnswered,
+    NcclOffered,
+)
+from channels.tensors.devices import CudaDevice, Device
 
 DEADLINE_S = 30.0
-PROCESS_TRANSPORTS = ("ipc", "shared_memory", "tcp")
-TRANSPORTS = ("inline", *PROCESS_TRANSPORTS)
+HOST_TRANSPORTS = ("ipc", "shared_memory", "tcp")
+# Tensors on devices: on GPUs made of files, and on real ones.
+DEVICE_TRANSPORTS = ("cuda_ipc", "nccl")
+GPU_TRANSPORTS = tuple(
+    pytest.param(
+        f"{name} on GPUs",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPUs"),
+        ],
+    )
+    for name, count in (("cuda_ipc", 1), ("nccl", 2))
+)
+TRANSPORTS = ("inline", *HOST_TRANSPORTS, *DEVICE_TRANSPORTS)
 Run = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
 
 
 class Peer:
     """A child process that runs a role of `peer_process.py`."""
 
-    def __init__(self, role: str, *args: str) -> None:
+    def __init__(self, role: str, *args: str, **environment: str) -> None:
         script = str(Path(__file__).with_name("peer_process.py"))
         self.process = subprocess.Popen(
             [sys.executable, script, role, *args],
+            env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -56,13 +82,77 @@ class Peer:
 Start = Callable[..., Peer]
 
 
-class Web:
-    """Routers that are all connected to each other, on one transport. Made in a running loop."""
+class LadenEndpoint(ZmqEndpoint):
+    """Every payload that it packs has a tensor on its device beside it, which arrives that way and whole.
+
+    endpoints: of all names; GPUs are offered and answered for at once, so that the first tensor finds its way
+    """
 
     def __init__(
-        self, transport: str, directory: Path, max_payload_bytes: int = MAX_PAYLOAD_BYTES
+        self,
+        endpoints: dict[str, "LadenEndpoint"],
+        kind: int,
+        name: str,
+        *args: Any,
+        **options: Any,
     ) -> None:
-        self.transport = transport
+        super().__init__(name, *args, **options)
+        self._endpoints, self._kind = endpoints, kind
+        self._loads = 0
+        endpoints[name] = self
+
+    def pack(self, tree: Any) -> Encoded:
+        if isinstance(tree, Encoded):
+            return tree
+        self._loads += 1
+        load = torch.full((16,), self._loads % 251, dtype=torch.uint8)
+        return super().pack({"load": load, "number": self._loads % 251, "tree": tree})
+
+    def _decode_payload(self, sender: str, frames: Sequence[Any], transfers: Any) -> Any:
+        tree, loads = _unloaded(super()._decode_payload(sender, frames, transfers))
+        if loads:
+            assert frames[4].bytes.count(self._kind) == loads, "a tensor came another way"
+        return tree
+
+    def _tell(self, peer: str, message: Message) -> None:
+        other = self._endpoints.get(peer)
+        offers = DeviceOffered | DeviceAnswered | NcclOffered | NcclAnswered
+        if other is not None and isinstance(message, offers):
+            other._devices.received(self.name, message)
+        else:
+            super()._tell(peer, message)
+
+
+def _unloaded(tree: Any) -> tuple[Any, int]:
+    """What a batch's payloads were before `pack`, and how many tensors came with them."""
+    if isinstance(tree, list):
+        parts = [_unloaded(part) for part in tree]
+        return [part for part, _ in parts], sum(loads for _, loads in parts)
+    if isinstance(tree, dict) and "load" in tree:
+        assert tree["load"].eq(tree["number"]).all()
+        return tree["tree"], 1
+    return tree, 0
+
+
+class Web:
+    """Routers that are all connected to each other, on one transport. Made in a running loop.
+
+    laden: on devices, each payload has a tensor beside it, see LadenEndpoint
+    """
+
+    def __init__(
+        self,
+        transport: str,
+        directory: Path,
+        max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+        *,
+        laden: bool = False,
+    ) -> None:
+        self.transport, _, on = transport.partition(" on ")
+        self.real = on == "GPUs"
+        self.on_devices = self.transport in DEVICE_TRANSPORTS
+        self._laden: dict[str, LadenEndpoint] | None = {} if laden and self.on_devices else None
+        self.load_bytes = 64 if self._laden is not None else 0  # at most, of one payload
         self.routers: dict[str, ChannelRouter] = {}
         self.shared = directory / "shared"  # of the arenas
         self._directory = directory
@@ -92,9 +182,15 @@ class Web:
     async def join(self, start: Start, role: str, name: str, *options: str, of: str = "p") -> Peer:
         """A process that plays a role, connected with the router `of`; it has said "ready"."""
         endpoint = self.routers[of].endpoint
+        environment = {}
         if self.transport == "shared_memory":
             options = ("--shared-dir", str(self.shared), *options)
-        peer = start(role, name, self._address(), of, endpoint.address, *options)
+        if self.real:
+            options = ("--gpu", "cuda", *options)
+            environment["CUDA_VISIBLE_DEVICES"] = "1" if self.transport == "nccl" else "0"
+        elif self.on_devices:
+            options = ("--gpu", f"{self._gpus}:{self._uuid(name)}", *options)
+        peer = start(role, name, self._address(), of, endpoint.address, *options, **environment)
         endpoint.connect(name, (await peer.says()).removeprefix("at "))
         assert await peer.says() == "ready"
         return peer
@@ -104,6 +200,24 @@ class Web:
         self.routers[of].remove_peer(name)
         self.routers[of].endpoint.disconnect(name)
 
+    def array(self, size_bytes: int, value: int) -> Any:
+        """Bytes of one value, where this transport has them."""
+        if not self.on_devices:
+            return np.full(size_bytes, value, np.uint8)
+        return torch.full((size_bytes,), value, dtype=torch.uint8, device=self.device)
+
+    @property
+    def device(self) -> str:
+        """Where device tensors of this process are."""
+        return "cuda:0" if self.real else "cpu"
+
+    def warm_up(self) -> None:
+        """Have what a GPU needs in a process there, and nothing in torch's memory."""
+        if self.real:
+            self.array(1, 0)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
     def close(self) -> None:
         for router in self.routers.values():
             router.close()
@@ -112,15 +226,29 @@ class Web:
     def _endpoint(self, name: str) -> Endpoint:
         if self.transport == "inline":
             return self._hub.endpoint(name)
-        return ZmqEndpoint(
-            name,
-            self._address(),
-            max_payload_bytes=self._max_payload_bytes,
-            shared_dir=self.shared if self.transport == "shared_memory" else None,
-        )
+        options: dict[str, Any] = {"max_payload_bytes": self._max_payload_bytes}
+        if self.transport == "shared_memory":
+            options["shared_dir"] = self.shared
+        if self.on_devices:
+            options["device"] = lambda: self._gpu(name)
+            options["device_type"] = "cuda" if self.real else "cpu"
+        if self._laden is not None:
+            kind = 3 if self.transport == "cuda_ipc" else 4
+            return LadenEndpoint(self._laden, kind, name, self._address(), **options)
+        return ZmqEndpoint(name, self._address(), **options)
+
+    @property
+    def _gpus(self) -> Path:
+        return self._directory / "gpus"
+
+    def _uuid(self, name: str) -> str:
+        return "GPU-0" if self.transport == "cuda_ipc" else f"GPU-{name}"
+
+    def _gpu(self, name: str) -> Device:
+        return CudaDevice(0) if self.real else HostGpu(self._gpus, self._uuid(name))
 
     def _address(self) -> str:
-        if self.transport == "tcp":
+        if self.transport in ("tcp", "nccl"):
             return "tcp://127.0.0.1:*"
         self._count += 1
         return f"ipc://{self._directory}/{self._count}"

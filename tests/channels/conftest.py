@@ -11,6 +11,8 @@ import pytest
 import uvloop
 from channel_peers import DEADLINE_S, TRANSPORTS, MakeWeb, Peer, Run, Start, Web
 
+from channels.tensors import device_frames
+
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Run:
@@ -42,12 +44,18 @@ def sockets() -> Iterator[Path]:
 
 
 @pytest.fixture(params=TRANSPORTS)
-def web(request: pytest.FixtureRequest, sockets: Path) -> Iterator[MakeWeb]:
-    """Makes a web of routers on one transport, within a running loop. When closed it leaves no arena."""
+def web(
+    request: pytest.FixtureRequest, sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MakeWeb]:
+    """Makes a web of routers on one transport, within a running loop. When closed it leaves no arena.
+
+    On devices every payload has a small tensor beside it.
+    """
     webs: list[Web] = []
+    monkeypatch.setattr(device_frames, "ON_DEVICE_FROM_BYTES", 1)
 
     def make(**options: Any) -> Web:
-        webs.append(Web(request.param, sockets, **options))
+        webs.append(Web(request.param, sockets, laden=True, **options))
         return webs[-1]
 
     yield make
@@ -62,8 +70,8 @@ def start() -> Iterator[Start]:
     """Starts peers, and stops them at the end."""
     peers: list[Peer] = []
 
-    def starter(role: str, *args: str) -> Peer:
-        peers.append(Peer(role, *args))
+    def starter(role: str, *args: str, **environment: str) -> Peer:
+        peers.append(Peer(role, *args, **environment))
         return peers[-1]
 
     yield starter

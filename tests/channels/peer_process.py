@@ -7,8 +7,10 @@ import argparse
 import asyncio
 import resource
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import uvloop
@@ -16,6 +18,9 @@ import uvloop
 from channels.channel import BOUND_BYTES, ChannelRouter
 from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
+
+if TYPE_CHECKING:
+    from channels.tensors.devices import Device
 
 
 class Echo(Message, frozen=True, tag="test_echo"):
@@ -54,16 +59,16 @@ async def hold(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
 
     async def watch(item: Any) -> None:
         await item.wait_cancelled()
-        say("cancelled", item.payload)
+        say("cancelled", shown(item.payload))
 
     while True:
         item = await consumer.get()
-        say("holds", item.payload)
+        say("holds", shown(item.payload))
         watches.append(asyncio.create_task(watch(item)))
 
 
 async def produce(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
-    """Put items of a size, say the most memory that this took (bytes), then when all are acknowledged."""
+    """Put items of a size; when all are acknowledged, say the most memory that this took (bytes), and the transport."""
     producer = ChannelRouter(endpoint).producer(
         "work", bound=1000, bound_bytes=options.bound_bytes, epoch=options.epoch
     )
@@ -71,10 +76,10 @@ async def produce(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
     say("ready")
     before = peak_bytes()
     for number in range(options.items):
-        data = np.full(options.size_bytes, number % 251, np.uint8)
+        data = array(options, options.size_bytes, number % 251)
         await producer.put({"epoch": options.epoch, "number": number, "data": data})
     await producer.drained()
-    say("drained", peak_bytes() - before)
+    say("drained", peak_bytes() - before, endpoint.transport(options.peer).name)
 
 
 async def send_large(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
@@ -82,10 +87,37 @@ async def send_large(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None
     producer = ChannelRouter(endpoint).producer("work", bound=2)
     producer.add_consumer(options.peer)
     say("ready")
-    await producer.call("first")  # from now on there is credit
+    await producer.call(array(options, 1 << 20, 1))  # from now on there is credit, and a way
     await producer.put("small")
-    await producer.put(np.ones(options.size_bytes, np.uint8))
+    await producer.put(array(options, options.size_bytes, 1))
     asyncio.get_running_loop().call_soon(say, "sending")  # behind the channel's own flush
+
+
+def array(options: argparse.Namespace, size_bytes: int, value: int) -> Any:
+    """Bytes of one value, on the GPU where there is one."""
+    if not options.gpu:
+        return np.full(size_bytes, value, np.uint8)
+    import torch
+
+    device = "cuda" if options.gpu == "cuda" else "cpu"
+    return torch.full((size_bytes,), value, dtype=torch.uint8, device=device)
+
+
+def shown(payload: Any) -> str:
+    """Text as it is, of an array its first element."""
+    return payload if isinstance(payload, str) else str(int(payload[0]))
+
+
+def gpu(name: str) -> "Device":
+    """A real one, or one of files: its directory and uuid."""
+    if name == "cuda":
+        from channels.tensors.devices import CudaDevice
+
+        return CudaDevice()
+    from host_gpu import HostGpu
+
+    directory, uuid = name.rsplit(":", 1)
+    return HostGpu(Path(directory), uuid)
 
 
 def peak_bytes() -> int:
@@ -95,7 +127,16 @@ def peak_bytes() -> int:
 
 async def main(options: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
-    endpoint = ZmqEndpoint(options.name, options.address, shared_dir=options.shared_dir)
+    device: Callable[[], Device] | None = partial(gpu, options.gpu) if options.gpu else None
+    endpoint = ZmqEndpoint(
+        options.name,
+        options.address,
+        shared_dir=options.shared_dir,
+        device=device,
+        device_type="cuda" if options.gpu == "cuda" else "cpu",
+    )
+    if device is not None:
+        array(options, 1, 0)  # what a GPU needs in a process is there before anything is measured
     endpoint.connect(options.peer, options.peer_address)
     say("at", endpoint.address)
     ended = loop.run_in_executor(None, sys.stdin.read)
@@ -118,6 +159,7 @@ if __name__ == "__main__":
     for argument in ("role", "name", "address", "peer", "peer_address"):
         parser.add_argument(argument)
     parser.add_argument("--shared-dir", type=Path)
+    parser.add_argument("--gpu", default="", help="cuda, or DIRECTORY:UUID")
     parser.add_argument("--epoch", type=int, default=0)
     parser.add_argument("--items", type=int, default=10)
     parser.add_argument("--size-bytes", type=int, default=8)

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from channel_peers import PROCESS_TRANSPORTS, MakeWeb, Run, Start, Web, cancelled, until
+import torch
+from channel_peers import (
+    DEVICE_TRANSPORTS,
+    GPU_TRANSPORTS,
+    HOST_TRANSPORTS,
+    MakeWeb,
+    Run,
+    Start,
+    Web,
+    cancelled,
+    until,
+)
 
 from channels.channel import Consumer
 from channels.endpoint import SHARED_FRAME_BYTES, ZmqEndpoint
@@ -20,8 +31,20 @@ pytestmark = pytest.mark.parametrize("run", ["uvloop"], indirect=True)
 SIZES = (8, SHARED_FRAME_BYTES - 1, SHARED_FRAME_BYTES)
 MIB = 1 << 20
 
+# Of arrays, as they are made there; below ON_DEVICE_FROM_BYTES and of text, devices see nothing.
+sized = pytest.mark.parametrize(
+    ("web", "size_bytes"),
+    [
+        *((name, size) for name in HOST_TRANSPORTS for size in SIZES),
+        *((name, SIZES[-1]) for name in DEVICE_TRANSPORTS),
+        *(pytest.param(*each.values, SIZES[-1], marks=each.marks) for each in GPU_TRANSPORTS),
+    ],
+    indirect=["web"],
+)
+without_arrays = pytest.mark.parametrize("web", HOST_TRANSPORTS, indirect=True)
 
-@pytest.fixture(params=PROCESS_TRANSPORTS)
+
+@pytest.fixture(params=(*HOST_TRANSPORTS, *DEVICE_TRANSPORTS, *GPU_TRANSPORTS))
 def web(request: pytest.FixtureRequest, sockets: Path) -> MakeWeb:
     """Makes a web on a transport between processes. A killed one leaves its arenas: flowd removes them."""
     return lambda **options: Web(request.param, sockets, **options)
@@ -35,7 +58,7 @@ async def consumer_of(web: Web, start: Start, role: str, *options: str, capacity
     return consumer, peer
 
 
-@pytest.mark.parametrize("size_bytes", SIZES)
+@sized
 def test_items_arrive_whole_and_in_order(
     run: Run, web: MakeWeb, start: Start, size_bytes: int
 ) -> None:
@@ -52,7 +75,11 @@ def test_items_arrive_whole_and_in_order(
             assert data.nbytes == size_bytes
             assert (data == number).all()
             item.ack()
-        assert (await peer.says()).startswith("drained")
+        said, _, transport = (await peer.says()).split()
+        assert said == "drained"
+        if w.on_devices:
+            assert transport == w.transport
+            assert str(data.device) == w.device
         peer.stop()
         w.close()
 
@@ -64,6 +91,7 @@ def test_memory_stays_flat_beside_a_slow_consumer(run: Run, web: MakeWeb, start:
 
     async def main() -> None:
         w = web()
+        w.warm_up()
         items, size = 384, MIB
         options = ("--items", str(items), "--size-bytes", str(size), "--bound-bytes", str(4 * size))
         consumer, peer = await consumer_of(w, start, "produce", *options, capacity=8)
@@ -79,17 +107,21 @@ def test_memory_stays_flat_beside_a_slow_consumer(run: Run, web: MakeWeb, start:
             if number % 16 == 0:
                 most_rss = max(most_rss, process.memory_info().rss)
             item.ack()
-        said, grown = (await peer.says()).split()
+        said, grown, _ = (await peer.says()).split()
         assert said == "drained"
         assert most_held <= 5  # of capacity 8: fewer than bound_bytes and one item
-        assert most_rss - before < 96 * MIB
-        assert int(grown) < 96 * MIB
+        if w.real:  # there, libraries that come with the first transfer take more of the host
+            assert torch.cuda.max_memory_reserved() < 96 * MIB
+        else:
+            assert most_rss - before < 96 * MIB
+            assert int(grown) < 96 * MIB
         peer.stop()
         w.close()
 
     run(main)
 
 
+@without_arrays
 def test_a_fast_process_takes_what_a_slow_one_does_not(
     run: Run, web: MakeWeb, start: Start
 ) -> None:
@@ -112,7 +144,7 @@ def test_a_fast_process_takes_what_a_slow_one_does_not(
     run(main)
 
 
-@pytest.mark.parametrize("size_bytes", SIZES)
+@sized
 def test_killed_consumer_process_has_its_items_taken_by_another(
     run: Run, web: MakeWeb, start: Start, size_bytes: int
 ) -> None:
@@ -123,10 +155,10 @@ def test_killed_consumer_process_has_its_items_taken_by_another(
         producer = w.router("p").producer("work", bound=100)
         victim = await w.join(start, "hold", "victim")
         producer.add_consumer("victim")
-        sent = [np.full(size_bytes, n, np.uint8) for n in range(20)]
+        sent = [w.array(size_bytes, n) for n in range(20)]
         calls = [asyncio.create_task(producer.call(data)) for data in sent]
         for n in range(4):
-            assert await victim.says() == f"holds {sent[n]!s:.40}"
+            assert await victim.says() == f"holds {n}"
         await w.join(start, "double", "survivor")
         producer.add_consumer("survivor")
         victim.kill()
@@ -134,6 +166,7 @@ def test_killed_consumer_process_has_its_items_taken_by_another(
         for n, answer in enumerate(await asyncio.gather(*calls)):
             assert (answer == 2 * n).all()
         calls.clear()
+        sent.clear()
         del answer
         gc.collect()
         await until(lambda: blocks(w, "p") == 0)
@@ -143,10 +176,14 @@ def test_killed_consumer_process_has_its_items_taken_by_another(
 
 
 def blocks(web: Web, name: str) -> int:
-    """Blocks in use of a router's arena."""
+    """Blocks in use of a router's arena, its pool on a device, and its transfers over NCCL."""
     endpoint = web.routers[name].endpoint
     assert isinstance(endpoint, ZmqEndpoint)
-    return 0 if endpoint._arena is None else endpoint._arena.num_blocks
+    shared = 0 if endpoint._arena is None else endpoint._arena.num_blocks
+    lending, nccl = endpoint._devices._lending, endpoint._devices._nccl
+    if lending is None or nccl is None:
+        return shared
+    return shared + lending.num_blocks + sum(len(peer.held) for peer in nccl._peers.values())
 
 
 def test_killed_producer_process_cancels_its_items_and_its_successor_is_served(
@@ -208,6 +245,7 @@ def test_producer_killed_in_mid_item_is_a_cancellation_within_a_second(
     run(main)
 
 
+@without_arrays
 def test_cancellation_reaches_the_other_process(run: Run, web: MakeWeb, start: Start) -> None:
     """An abandoned call is shown to the consumer that works on it."""
 
