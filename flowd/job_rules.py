@@ -27,6 +27,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("rollout", "adopt"): ("group", "turn", "token"),
     ("rollout", "dtype"): ("float32", "bfloat16"),
     ("trainer", "dtype"): ("float32", "bfloat16"),
+    ("trainer", "lr_schedule"): ("constant", "cosine"),
     ("trainer", "weights"): ("full", "delta"),
     ("algorithm", "name"): tuple(PAPERS),
     **{("algorithm", key): known for key, known in ALGORITHM_CHOICES.items()},

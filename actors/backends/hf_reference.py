@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.backends.hf_trainer import _Inputs
+from actors.backends.packing import PackedBatch
 from actors.backends.token_logprobs import TokenLogprobs
 from actors.backends.training_batches import REFERENCE, lay_out, micro_batches
 from actors.episodes import Float32, Group, Segment, Turn
@@ -25,6 +25,9 @@ class HFReferenceEngine:
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._config = config
         self._dtype = next(model.parameters()).dtype
+        if config.dtype == "bfloat16":  # as the trainer computes; buffers stay as they are there
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
         self._logprobs = TokenLogprobs(self._model)
         self._resident = True
 
@@ -34,14 +37,9 @@ class HFReferenceEngine:
         sequences = lay_out([group]).sequences
         found: dict[int, NDArray[np.float64]] = {}
         for batch in micro_batches(sequences, self._config.micro_batch_tokens):
-            inputs = _Inputs(batch, self._device)
-            with torch.autocast(
-                self._device.type, torch.bfloat16, enabled=self._config.dtype == "bfloat16"
-            ):
-                logprobs, _ = self._logprobs(
-                    inputs.tokens, inputs.rows, inputs.columns, inputs.sampling, self._dtype
-                )
-            for sequence, values in inputs.by_sequence(logprobs):
+            packed = PackedBatch(batch, self._device)
+            read = self._logprobs(packed, self._dtype)
+            for sequence, values in packed.by_sequence(read.logprobs):
                 found[id(sequence)] = values
         # Sequences come in this order, and only of segments that have trained tokens.
         left = iter([found[id(sequence)] for sequence in sequences])

@@ -1,12 +1,11 @@
 """The training engine on a transformers causal LM: one rank of a data-parallel trainer.
 
-Float32 master weights and AdamW, compute in float32 or bfloat16 (autocast). Sequences are padded into micro-batches by
-token budget; gradients, metrics and the denominator are summed over micro-batches and ranks, and divided once.
+Float32 master weights and AdamW, compute in float32 or bfloat16. Sequences are packed into micro-batches by token
+budget; gradients, metrics and the denominator are summed over micro-batches and ranks, and divided once.
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,13 @@ from torch import Tensor
 from actors.algorithms import disagreement
 from actors.algorithms.config import PAPERS, AlgorithmConfig, resolve, scope
 from actors.algorithms.contract import Algorithm, TokenBatch
-from actors.algorithms.estimates import normalize_by_batch
-from actors.backends.critic import Critic
+from actors.backends import batch_statistics
+from actors.backends.host_copies import HostCopies
+from actors.backends.optimizer import MOMENTS, Optimizer
+from actors.backends.packing import PackedBatch
+from actors.backends.ranks import Ranks
+from actors.backends.schedule import learning_rate
+from actors.backends.sharding import ShardedModule, Sharding, part_of
 from actors.backends.token_logprobs import TokenLogprobs
 from actors.backends.training_batches import (
     GroupsLaidOut,
@@ -30,10 +34,7 @@ from actors.backends.training_batches import (
 )
 from actors.episodes import Group
 from actors.trainer.config import TrainerConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET_ELEMENTS = 1 << 24  # of gradients reduced at a time: 64 MiB in float32
-HOST = torch.device("cpu")
+from channels.weights.sharded import local
 
 
 class HFTrainingEngine:
@@ -43,8 +44,12 @@ class HFTrainingEngine:
     are those of the policy that sampled. The critic of an algorithm that has one is trained beside it, and a reference
     policy, where one is asked for, is what the weights were before the first step.
 
+    With several ranks, or another precision to compute in, all of that is sharded once the first step begins or a state
+    is loaded. Until then `model` is whole and may be trained otherwise.
+
     process_group: of all ranks, or None for one
     keep_reference: False where groups bring the reference's log-probs, see actors.inference
+    total_steps: of the job, for the schedule of the learning rate
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class HFTrainingEngine:
         algorithm: Algorithm,
         algorithm_config: AlgorithmConfig,
         config: TrainerConfig,
+        total_steps: int = 1,
         device: str | torch.device = "cpu",
         process_group: dist.ProcessGroup | None = None,
         keep_reference: bool = True,
@@ -63,46 +69,43 @@ class HFTrainingEngine:
         self._algorithm = algorithm
         self._algorithm_config = settings = resolve(algorithm_config)
         self._config = config
-        self._group = process_group
-        if config.gradient_checkpointing:
-            _checkpoint_layers(self.model)
-        self._published = dict(self.model.named_parameters())  # tied ones once
-        self._parameters = dict(self._published)
-        self._critic: Critic | None = None
-        if PAPERS[settings.name].critic:
-            self._critic = Critic(self.model, own_trunk=settings.critic == "model")
-            self._parameters |= {
-                f"critic.{name}": parameter for name, parameter in self._critic.named_parameters()
-            }
-        self._dtype = next(iter(self._parameters.values())).dtype
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+        self._total_steps = total_steps
+        self._ranks = Ranks(process_group, self.device)
+        self._dtype = next(model.parameters()).dtype
+        self._logprobs = TokenLogprobs(
+            self.model, critic=settings.critic if PAPERS[settings.name].critic else None
         )
-        self._logprobs = TokenLogprobs(self.model)
-        self._reference: Any = None
         self._needs_reference = keep_reference and settings.kl_coefficient > 0
+        self._reference: TokenLogprobs | None = None
+        self._sharding: Sharding | None = None
+        compute = torch.bfloat16 if config.dtype == "bfloat16" else self._dtype
+        if process_group is not None or compute != self._dtype:
+            self._sharding = Sharding(process_group, self.device, compute)
+        self._sharded: dict[TokenLogprobs, ShardedModule] = {}
+        self._name_parameters()
+        self._optimizer: Optimizer | None = None
         self._several_updates = settings.epochs * settings.mini_batches > 1
         # Until the whole step is there: its mean and deviation, or how to cut it into updates, are not known before.
         self._waits = self._several_updates or scope(settings) == "batch"
         self._held: list[GroupsLaidOut] = []
         self._steps = 0
         self._resident = True
-        self._host_copies: dict[int, Tensor] = {}
+        self._host_copies = HostCopies()
+        self._trained = False  # a micro-batch, since the last update
         self._sums: dict[str, Tensor] = {}
         self._ratios = torch.zeros(disagreement.BUCKETS, dtype=torch.float64, device=self.device)
 
     # The step.
 
     def begin_step(self) -> None:
-        """Forget gradients, sums, and groups that wait."""
-        if self._needs_reference and self._reference is None:
-            self._reference = _frozen_copy(self.model)
-        self._optimizer.zero_grad(set_to_none=True)
+        """Forget gradients, sums, and groups that wait. Collective."""
+        optimizer = self._ready()
+        for sharded in self._sharded.values():
+            sharded.release()  # of a step that was broken off
+            sharded.gather()
+        optimizer.forget_gradients()
         self._held = []
+        self._trained = False
         self._ratios.zero_()
         self._sums = self._no_sums()
 
@@ -117,7 +120,7 @@ class HFTrainingEngine:
             laid_out,
             self._algorithm,
             self._algorithm_config,
-            critic=self._critic is not None,
+            critic=self._logprobs.critic is not None,
         )
         if self._waits:
             self._held.append(laid_out)
@@ -131,12 +134,10 @@ class HFTrainingEngine:
         Several updates: their mean loss and their largest gradient norm. Where loss or gradient is not finite the
         weights stay as they are, and the metrics show it. They also stay in an update without any trained token.
         """
-        rise = min(1.0, (self._steps + 1) / max(self._config.lr_warmup_steps, 1))
-        learning_rate = self._config.learning_rate * rise
-        for parameter_group in self._optimizer.param_groups:
-            parameter_group["lr"] = learning_rate
+        rate = learning_rate(self._config, self._steps, self._total_steps)
         if scope(self._algorithm_config) == "batch":
-            self._normalize_by_batch()
+            held = [sequence for laid_out in self._held for sequence in laid_out.sequences]
+            batch_statistics.normalize(held, self._ranks)
         losses: list[float] = []
         norms: list[float] = []
         totals: dict[str, float] = {}
@@ -144,24 +145,24 @@ class HFTrainingEngine:
             if part is not None:
                 self._sums = self._no_sums()
                 self._train(*part)
-            sums, loss, grad_norm = self._update()
+            sums, loss, grad_norm = self._update(rate)
             losses.append(loss)
             norms.append(grad_norm)
             totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
             if not np.isfinite((loss, grad_norm)).all():
                 break
+        for sharded in self._sharded.values():
+            sharded.release()
         self._held = []
         self._steps += 1
-        histogram = self._ratios.clone()
-        if self._group is not None:
-            self._all_reduce(histogram)
+        histogram = self._ranks.sum_(self._ratios.clone())
         tokens = totals.pop("tokens")
         return {
             **{name: value / max(tokens, 1.0) for name, value in totals.items()},
             **disagreement.quantiles(histogram),
             "loss": sum(losses) / len(losses),
             "grad_norm": float(np.max(norms)),
-            "learning_rate": learning_rate,
+            "learning_rate": rate,
             "tokens_trained": tokens,
         }
 
@@ -190,102 +191,64 @@ class HFTrainingEngine:
                 denominator = sum(laid_out.denominators[among].sum() for laid_out, among in chosen)
                 yield sequences, float(denominator)
 
-    def _update(self) -> tuple[dict[str, float], float, float]:
-        """Reduce sums and gradients, divide, clip and step the optimizer. Returns sums, loss and gradient norm."""
+    def _update(self, rate: float) -> tuple[dict[str, float], float, float]:
+        """Reduce sums and gradients, and step the optimizer. Returns sums, loss and gradient norm."""
         names = sorted(self._sums)
-        totals = torch.stack([self._sums[name] for name in names])
-        gradients = []
-        for parameter in self._parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        if self._group is not None:
-            self._all_reduce(totals)
-            for bucket in _buckets(gradients):
-                flat = torch.cat([gradient.flatten() for gradient in bucket])
-                self._all_reduce(flat)
-                pieces = flat.split([gradient.numel() for gradient in bucket])
-                for gradient, piece in zip(bucket, pieces, strict=True):
-                    gradient.copy_(piece.view_as(gradient))
+        totals = self._ranks.sum_(torch.stack([self._sums[name] for name in names]))
         sums = dict(zip(names, totals.tolist(), strict=True))
         denominator = sums.pop("denominator")
         loss = sums.pop("loss") / max(denominator, 1.0)
-        torch._foreach_div_(gradients, max(denominator, 1.0))
-        grad_norm = float(
-            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
-        )
-        if np.isfinite((loss, grad_norm)).all() and sums["tokens"]:
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._logprobs in self._sharded:
+            self._sharded[self._logprobs].reduce(trained=self._trained)
+        self._trained = False
+        grad_norm = self._ready().update(rate, denominator, loss=loss, tokens=sums["tokens"])
         return sums, loss, grad_norm
-
-    def _normalize_by_batch(self) -> None:
-        """By mean and deviation over the trained tokens of all ranks; in two passes, so that nothing cancels out."""
-        sequences = [sequence for laid_out in self._held for sequence in laid_out.sequences]
-        advantages = torch.cat(
-            [torch.zeros(0, dtype=torch.float64)]
-            + [torch.from_numpy(sequence.advantages) for sequence in sequences]
-        )
-        moments = torch.stack([torch.tensor(float(len(advantages))).double(), advantages.sum()])
-        if self._group is not None:
-            moments = self._all_reduced(moments)
-        count, total = moments.tolist()
-        mean = total / max(count, 1.0)
-        squares = (advantages - mean).square().sum()
-        if self._group is not None:
-            squares = self._all_reduced(squares)
-        std = float(squares / max(count, 1.0)) ** 0.5
-        normalized = normalize_by_batch(advantages, mean, std).split(
-            [len(sequence.advantages) for sequence in sequences]
-        )
-        for sequence, values in zip(sequences, normalized, strict=False):
-            sequence.advantages = values.numpy()
 
     @torch.no_grad()
     def _read_before_update(self, sequences: list[TrainingSequence]) -> None:
         """Values, reference and proximal log-probs, as far as they are asked for."""
         proximal = self._several_updates and self._algorithm_config.proximal == "recomputed"
-        if not (self._needs_reference or self._critic is not None or proximal):
+        critic = self._logprobs.critic is not None
+        if not (self._needs_reference or critic or proximal):
             return
         for batch in micro_batches(sequences, self._config.micro_batch_tokens):
-            inputs = _Inputs(batch, self.device)
-            if self._needs_reference:
-                logprobs, _ = self._read(self._reference_logprobs(), inputs)
-                for sequence, values in inputs.by_sequence(logprobs):
+            packed = PackedBatch(batch, self.device)
+            if self._reference is not None:
+                read = self._reference(packed, self._dtype)
+                for sequence, values in packed.by_sequence(read.logprobs):
                     sequence.reference = values
-            shared = self._critic is not None and self._critic.trunk is None
-            if proximal or shared:
-                logprobs, _ = self._read(self._logprobs, inputs)
-                if proximal:
-                    for sequence, values in inputs.by_sequence(logprobs):
-                        sequence.proximal = values
-            if self._critic is not None:
-                before, after = self._read_values(inputs)
-                for sequence, values in inputs.by_sequence(before):
+            if not (critic or proximal):
+                continue
+            read = self._logprobs(packed, self._dtype)
+            if proximal:
+                for sequence, values in packed.by_sequence(read.logprobs):
+                    sequence.proximal = values
+            if critic:
+                for sequence, values in packed.by_sequence(read.values):
                     sequence.values = values
-                for sequence, value in zip(batch, after.tolist(), strict=True):
+                for sequence, value in zip(batch, read.last_values.tolist(), strict=True):
                     sequence.last_value = value
 
-    def _reference_logprobs(self) -> TokenLogprobs:
-        return TokenLogprobs(self._reference, plain_head=self._logprobs.plain_head)
-
     def _train(self, sequences: list[TrainingSequence], denominator: float) -> None:
-        """Add the gradients and sums of these sequences to those of the update."""
+        """Add the gradients and sums of these sequences to those of the update. Collective at the update's first."""
+        if self._logprobs in self._sharded:
+            self._sharded[self._logprobs].gather()
         self._sums["denominator"] += denominator
         self._sums["tokens"] += sum(len(sequence.positions) for sequence in sequences)
         for batch in micro_batches(sequences, self._config.micro_batch_tokens):
             self._backward(batch)
+            self._trained = True
 
     def _backward(self, batch: list[TrainingSequence]) -> None:
-        inputs = _Inputs(batch, self.device)
+        packed = PackedBatch(batch, self.device)
 
         def per_token(arrays: list[Any]) -> Tensor | None:
             if any(array is None for array in arrays):
                 return None
             return torch.from_numpy(np.concatenate(arrays)).to(self.device, self._dtype)
 
-        logprobs, entropy = self._read(self._logprobs, inputs)
-        values = self._read_values(inputs)[0] if self._critic is not None else None
+        read = self._logprobs(packed, self._dtype)
+        entropy = read.entropies
         if not self._algorithm_config.entropy_coefficient:
             entropy = entropy.detach()
         behaviour = per_token([s.logprobs for s in batch])
@@ -298,17 +261,17 @@ class HFTrainingEngine:
         assert weights is not None
         loss, sums = self._algorithm.loss(
             TokenBatch(
-                logprobs=logprobs,
+                logprobs=read.logprobs,
                 behaviour_logprobs=behaviour,
                 advantages=advantages,
                 weights=weights,
                 entropy=entropy,
-                sequences=inputs.rows,
+                sequences=packed.rows,
                 turns=turn_numbers(batch).to(self.device),
                 staleness=staleness,
                 proximal_logprobs=per_token([s.proximal for s in batch]),
                 reference_logprobs=per_token([s.reference for s in batch]),
-                values=values,
+                values=read.values,
                 old_values=per_token([s.values for s in batch]),
                 returns=per_token([s.returns for s in batch]),
             ),
@@ -316,31 +279,10 @@ class HFTrainingEngine:
         )
         loss.backward()
         self._sums["loss"] += loss.detach()
-        apart, histogram = disagreement.measure(logprobs, behaviour)
+        apart, histogram = disagreement.measure(read.logprobs, behaviour)
         self._ratios += histogram
         for name, value in {**sums, **apart}.items():
             self._sums[name] += value
-
-    def _read(self, logprobs: TokenLogprobs, inputs: "_Inputs") -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the trained tokens."""
-        critic = self._critic
-        shared = critic is not None and critic.trunk is None
-        with self._autocast(), critic.watching(self.model) if critic and shared else nullcontext():
-            return logprobs(
-                inputs.tokens, inputs.rows, inputs.columns, inputs.sampling, self._dtype
-            )
-
-    def _read_values(self, inputs: "_Inputs") -> tuple[Tensor, Tensor]:
-        """The critic's, before the trained tokens and at the ends; after `_read` of the same inputs."""
-        assert self._critic is not None
-        with self._autocast():
-            before, after = self._critic(inputs.tokens, inputs.rows, inputs.columns, inputs.lengths)
-        return before, after
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self._config.dtype == "bfloat16"
-        )
 
     def _no_sums(self) -> dict[str, Tensor]:
         # The same names on every rank, also on one that gets no group.
@@ -351,25 +293,7 @@ class HFTrainingEngine:
             *self._algorithm.METRICS,
             *disagreement.METRICS,
         )
-        return {name: self._zero() for name in names}
-
-    def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self.device)
-
-    def _all_reduce(self, tensor: Tensor) -> None:
-        """Sum over the ranks in place; by way of the host where the group cannot reach the device."""
-        if dist.get_backend(self._group) == "nccl" or tensor.device.type == "cpu":
-            dist.all_reduce(tensor, group=self._group)
-            return
-        on_host = tensor.cpu()
-        dist.all_reduce(on_host, group=self._group)
-        tensor.copy_(on_host)
-
-    def _all_reduced(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks of a tensor on the host, there again; by way of the device where that talks."""
-        moved = tensor.to(self.device)
-        self._all_reduce(moved)
-        return moved.cpu()
+        return {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in names}
 
     # Weights and state.
 
@@ -380,26 +304,41 @@ class HFTrainingEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters "model.*" (the critic's "model.critic.*"), moments "exp_avg.*" and "exp_avg_sq.*", the counters
-        "steps" (of the schedule) and "updates" (of the optimizer), "reference.*" where there is one; not copies."""
-        state = {"steps": torch.tensor(self._steps), "updates": torch.tensor(0)}
-        for name, parameter in self._parameters.items():
-            state[f"model.{name}"] = parameter.detach()
-            moments = self._optimizer.state.get(parameter)
-            if moments:
-                state["updates"] = torch.tensor(int(moments["step"]))
-                for moment in MOMENTS:
-                    state[f"{moment}.{name}"] = moments[moment].detach()
+        "steps" (of the schedule) and "updates" (of the optimizer), "reference.*" where there is one; not copies,
+        and DTensors where sharded."""
+        updates, moments = (0, {}) if self._optimizer is None else self._optimizer.moments()
+        named = {f"model.{name}": parameter for name, parameter in self._parameters.items()}
         if self._reference is not None:
-            for name, parameter in self._reference.named_parameters():
-                state[f"reference.{name}"] = parameter.detach()
-        return state
+            named |= {f"reference.{n}": p for n, p in self._reference.model.named_parameters()}
+        return {
+            "steps": torch.tensor(self._steps),
+            "updates": torch.tensor(updates),
+            **{name: tensor.detach() for name, tensor in {**named, **moments}.items()},
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore `state`. Raises ValueError naming what is missing or has another shape; nothing is changed then.
+        """Restore `state`; tensors may be whole. Raises ValueError naming what is missing or has another shape; nothing
+        is changed then.
 
         A state from before the first step has no reference: its own weights are the reference.
         """
-        prefixes = ("model", *MOMENTS) if int(state.get("updates", torch.tensor(0))) else ("model",)
+        updates = int(state.get("updates", torch.tensor(0)))
+        self._check_fits(state, updates)
+        optimizer = self._ready()
+        for sharded in self._sharded.values():
+            sharded.release()
+        self._steps = int(state["steps"])
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(part_of(state[f"model.{name}"], parameter))
+            optimizer.load_moments(updates, state)
+            if self._reference is not None:
+                for name, parameter in self._reference.model.named_parameters():
+                    given = state.get(f"reference.{name}", state[f"model.{name}"])
+                    parameter.copy_(part_of(given, parameter))
+
+    def _check_fits(self, state: Mapping[str, Tensor], updates: int) -> None:
+        prefixes = ("model", *MOMENTS) if updates else ("model",)
         wrong = [name for name in ("steps", "updates") if name not in state]
         wrong += [
             f"{prefix}.{name}"
@@ -416,133 +355,85 @@ class HFTrainingEngine:
                 f"the state does not fit the model: {', '.join(wrong[:3])} missing or of another shape"
                 f"{f', and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; [model] must be that of the run"
             )
-        self._steps = int(state["steps"])
-        self._optimizer.state.clear()
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(state[f"model.{name}"])
-                if len(prefixes) == 1:
-                    continue
-                moments = {  # the fused kernel wants its counter beside the parameter
-                    "step": torch.tensor(float(state["updates"]), device=parameter.device)
-                }
-                for moment in MOMENTS:
-                    saved = state[f"{moment}.{name}"]
-                    moments[moment] = saved.to(parameter.device, parameter.dtype, copy=True)
-                self._optimizer.state[parameter] = moments
-            self._reference = None
+
+    def _ready(self) -> Optimizer:
+        """What a step needs beside the model: made, and sharded, only once the model's first weights are settled."""
+        if self._optimizer is None:
             if self._needs_reference:
-                self._reference = _frozen_copy(self.model)
-                for name, parameter in self._reference.named_parameters():
-                    parameter.copy_(state.get(f"reference.{name}", state[f"model.{name}"]))
+                self._reference = TokenLogprobs(copy.deepcopy(self.model)).requires_grad_(False)
+            if self._config.gradient_checkpointing:
+                _checkpoint_layers(self._logprobs)
+            if self._sharding is not None:
+                for module in self._modules():
+                    self._sharded[module] = self._sharding.shard(module, module.exact())
+                self._name_parameters()
+            self._optimizer = Optimizer(
+                self._parameters, self._config, self._ranks, sharded=bool(self._sharded)
+            )
+        return self._optimizer
+
+    def _name_parameters(self) -> None:
+        self._published = dict(self.model.named_parameters())  # tied ones once
+        self._parameters = dict(self._published)
+        if self._logprobs.critic is not None:
+            critic = self._logprobs.critic.named_parameters()
+            self._parameters |= {f"critic.{name}": parameter for name, parameter in critic}
+
+    def _modules(self) -> list[TokenLogprobs]:
+        return [self._logprobs, *([] if self._reference is None else [self._reference])]
 
     # The device.
 
     def offload(self) -> None:
         """Weights and moments to the host, between two steps. On CPU they stay: device and host are one."""
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._optimizer is not None:
+            self._optimizer.forget_gradients()
+        for sharded in self._sharded.values():
+            sharded.release()
         self._sums, self._held = {}, []
         if self.device.type != "cpu" and self._resident:
-            self._move_to_host()
+            self._host_copies.move_to_host(self._tensors())
+            self._rebind()
         self._resident = False
 
     def onload(self) -> None:
         """Weights and moments to the device, as they were."""
         if self.device.type != "cpu" and not self._resident:
-            for tensor in self._tensors():
-                tensor.data = tensor.data.to(self.device, non_blocking=True)
-            torch.cuda.synchronize(self.device)
+            self._host_copies.move_back(self._tensors(), self.device)
+            self._rebind()
         self._resident = True
 
     def memory_bytes(self) -> int:
-        """Device memory held now: weights, reference, gradients and moments (not activations)."""
+        """Device memory held now: weights, reference, gradients and moments (not activations, nor weights gathered)."""
         if not self._resident:
             return 0
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
         return sum(tensor.nbytes for tensor in (*self._tensors(), *gradients))
 
+    def _rebind(self) -> None:
+        for sharded in self._sharded.values():
+            sharded.rebind()
+
     def _tensors(self) -> list[Tensor]:
-        """Parameters, buffers, the reference and what the optimizer keeps, each once."""
-        moments = [
-            value
-            for kept in self._optimizer.state.values()
-            for value in kept.values()
-            if isinstance(value, Tensor)
-        ]
-        frozen = [self._reference] if self._reference is not None else []
-        own_trunk = [self._critic] if self._critic is not None else []
+        """This rank's parameters and buffers, the reference's and what the optimizer keeps, each once."""
+        kept = [] if self._optimizer is None else self._optimizer.tensors()
+        modules = self._modules()
         return [
-            *self._parameters.values(),
-            *(buffer for each in (self.model, *own_trunk, *frozen) for buffer in each.buffers()),
-            *(parameter for each in frozen for parameter in each.parameters()),
-            *moments,
+            *(local(parameter) for each in modules for parameter in each.parameters()),
+            *(buffer for each in modules for buffer in each.buffers()),
+            *(local(tensor) for tensor in kept),
         ]
 
-    def _move_to_host(self) -> None:
-        held = self._tensors()
-        for place, tensor in enumerate(held):
-            # Pinned memory is slow to make and several times faster to copy from, so it is kept for the next time.
-            copy = self._host_copies.get(place)
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                self._host_copies[place] = copy
-            copy.copy_(tensor.data, non_blocking=True)
-        torch.cuda.synchronize(self.device)
-        for place, tensor in enumerate(held):
-            tensor.data = self._host_copies[place]
-        torch.cuda.empty_cache()
 
-
-class _Inputs:
-    """What the model reads of a micro-batch.
-
-    tokens: int64 [batch, time], padded on the right    lengths: int64 [batch]
-    rows, columns: int64 [trained], places of the trained tokens
-    """
-
-    def __init__(self, batch: list[TrainingSequence], device: torch.device) -> None:
-        self.sampling = batch[0].sampling
-        self._batch = batch
-        self._counts = [len(s.positions) for s in batch]
-        lengths = [len(s.tokens) for s in batch]
-        tokens = np.zeros((len(batch), max(lengths)), dtype=np.int64)
-        for row, sequence in enumerate(batch):
-            tokens[row, : lengths[row]] = sequence.tokens
-        self.tokens = torch.from_numpy(tokens).to(device)
-        self.lengths = torch.tensor(lengths, device=device)
-        self.rows = torch.from_numpy(np.repeat(np.arange(len(batch)), self._counts)).to(device)
-        self.columns = torch.from_numpy(np.concatenate([s.positions for s in batch])).to(device)
-
-    def by_sequence(
-        self, values: Tensor
-    ) -> Iterator[tuple[TrainingSequence, np.ndarray[Any, np.dtype[np.float64]]]]:
-        """Cut what was read for the trained tokens [trained] into that of each sequence, on the host."""
-        pieces = np.split(values.double().cpu().numpy(), np.cumsum(self._counts)[:-1])
-        return zip(self._batch, pieces, strict=True)
-
-
-def _frozen_copy(model: Any) -> Any:
-    return copy.deepcopy(model).requires_grad_(False)
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours whose elements together are about BUCKET_ELEMENTS: few collectives, little extra memory."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(each.numel() for each in bucket) >= BUCKET_ELEMENTS:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
-
-
-def _checkpoint_layers(model: Any) -> None:
+def _checkpoint_layers(logprobs: TokenLogprobs) -> None:
     """Compute activations of the blocks again in the backward pass, with dropout off all the same.
 
     transformers' blocks do so only while they themselves, not what is in them, are in training mode.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
+    trunk = None if logprobs.critic is None else logprobs.critic.trunk
+    for model in (logprobs.model, trunk):
+        if model is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in logprobs.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True

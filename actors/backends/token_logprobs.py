@@ -1,54 +1,100 @@
-"""Log-probs of given tokens under the distribution that they were sampled from, with gradient."""
+"""Log-probs of given tokens under the distribution that they were sampled from, with gradient, and their values."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from actors.backends.critic import Critic
+from actors.backends.packed_attention import PACKED
+from actors.backends.packing import PackedBatch, Packing
 from actors.episodes import Sampling
 
 MASKED = -1e9  # finite: minus infinity would make 0 * inf, not a number, of the entropy
-CHUNK_ELEMENTS = 1 << 27  # logits held at a time: 0.5 GiB in float32
+CHUNK_ELEMENTS = {
+    "cpu": 1 << 27,
+    "cuda": 1 << 29,
+}  # logits held at a time: 2 GiB in float32 on GPUs
 
 
-class TokenLogprobs:
-    """Reads log-probs off a transformers causal LM at chosen places only.
+class Readings(NamedTuple):
+    """Of the trained tokens of a batch; log-probs and entropies in the dtype that was asked for.
+
+    logprobs: [trained]    entropies: [trained], of the distributions that they were drawn from
+    values: [trained], before those tokens    last_values: [sequences], after each one's last. None without a critic.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor | None
+    last_values: Tensor | None
+
+
+class TokenLogprobs(nn.Module):
+    """A transformers causal LM and, where there is one, its critic, read at the trained tokens only.
 
     The language model head runs on those places in chunks whose logits are computed again in the backward pass: with
     a vocabulary of 150,000, keeping them for a whole micro-batch would take more memory than the model. Models that do
     more than the head between hidden states and logits (softcapping, scaling) take the whole forward instead.
+
+    Raises ValueError for a model in which sequences that share a row would see each other.
     """
 
-    def __init__(self, model: Any, *, plain_head: bool | None = None) -> None:
-        """plain_head: as found for a model of the same kind; None finds out."""
-        self._model = model
-        self.plain_head = _has_plain_head(model) if plain_head is None else plain_head
+    def __init__(self, model: Any, critic: str | None = None) -> None:
+        """critic: None, or of [algorithm] critic"""
+        super().__init__()
+        self.model = model
+        if model.config._attn_implementation != PACKED:
+            model.set_attn_implementation(PACKED)
+            _check_packs(model)
+        self.critic = None if critic is None else Critic(model, own_trunk=critic == "model")
+        self._plain_head = _has_plain_head(model)
 
-    def __call__(
-        self, inputs: Tensor, rows: Tensor, columns: Tensor, sampling: Sampling, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Returns log-probs [n] and the entropies of the distributions that the tokens were drawn from [n], as `dtype`.
+    def exact(self) -> list[nn.Module]:
+        """Modules that compute in the precision of their parameters, whatever the others do."""
+        return [] if self.critic is None else [self.critic.head]
 
-        inputs: int64 [batch, time], padded on the right    rows, columns: int64 [n], the places of the tokens asked for
-        A greedy transform (temperature 0) is read at temperature 1, as the sampler does.
+    def forward(self, batch: PackedBatch | None, dtype: torch.dtype | None = None) -> Any:
+        """`Readings` of a batch. A greedy transform (temperature 0) is read at temperature 1, as the sampler does.
+
+        Without a batch, a zero that next to nothing was computed for, with gradient: `ShardedModule` asks for it.
         """
-        targets = inputs[rows, columns]
-        before = columns - 1  # the logits at a place predict the token after it
-        if not self.plain_head:
+        if batch is None:
+            return (min(self.parameters(), key=Tensor.numel) * 0).sum()
+        assert dtype is not None
+        targets = batch.tokens[0, batch.places]
+        before = batch.places - 1  # the logits at a place predict the token after it
+        if not self._plain_head:
             kept = before.unique()
-            output = self._model(input_ids=inputs, use_cache=False, logits_to_keep=kept)
-            logits = output.logits[rows, torch.searchsorted(kept, before)]
-            return _read(logits.to(dtype), targets, sampling)
-        # Padding is on the right, where causal attention never looks: no mask is needed.
-        decoder = self._model.get_decoder()
-        hidden = decoder(input_ids=inputs, use_cache=False).last_hidden_state[rows, before]
-        head = self._model.get_output_embeddings()
+            shared = self.critic is not None and self.critic.trunk is None
+            output = self._run(self.model, batch, logits_to_keep=kept, output_hidden_states=shared)
+            logits = output.logits[0, torch.searchsorted(kept, before)]
+            hidden = output.hidden_states[-1][0] if shared else output.logits[0, :0]
+            logprobs, entropies = _read(logits.to(dtype), targets, batch.sampling)
+        else:
+            hidden = self._run(self.model.get_decoder(), batch).last_hidden_state[0]
+            logprobs, entropies = self._in_chunks(hidden[before], targets, batch.sampling, dtype)
+        if self.critic is None:
+            return Readings(logprobs, entropies, None, None)
+        if self.critic.trunk is not None:
+            hidden = self._run(self.critic.trunk, batch).last_hidden_state[0]
+        values = self.critic(hidden[torch.cat([before, batch.ends])])
+        last_values = values[len(before) :].detach()  # read, never trained
+        return Readings(logprobs, entropies, values[: len(before)].clone(), last_values)
+
+    def _run(self, model: Any, batch: PackedBatch, **more: Any) -> Any:
+        return _run_packed(model, batch.tokens, batch.packing, **more)
+
+    def _in_chunks(
+        self, hidden: Tensor, targets: Tensor, sampling: Sampling, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        head = self.model.get_output_embeddings()
 
         def read(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             return _read(head(hidden).to(dtype), targets, sampling)
 
-        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+        chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // head.weight.shape[0])
         if len(targets) <= chunk:
             return read(hidden, targets)
         pieces = [
@@ -59,15 +105,47 @@ class TokenLogprobs:
         return torch.cat(logprobs), torch.cat(entropies)
 
 
+def _run_packed(model: Any, tokens: Tensor, packing: Packing, **more: Any) -> Any:
+    return model(
+        input_ids=tokens,
+        position_ids=packing.positions,
+        packing=packing,
+        use_cache=False,
+        **more,
+    )
+
+
 @torch.no_grad()
 def _has_plain_head(model: Any) -> bool:
     """Whether the logits are the output embedding of the hidden states and nothing more."""
-    device = next(model.parameters()).device
-    # Several tokens: the embedding of the one for padding is often zero, and so are its logits, capped or not.
-    tokens = torch.arange(min(8, model.get_output_embeddings().weight.shape[0]), device=device)
-    hidden = model.get_decoder()(input_ids=tokens[None], use_cache=False).last_hidden_state
-    logits = model(input_ids=tokens[None], use_cache=False).logits
+    tokens = _some_tokens(model)
+    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    logits = model(input_ids=tokens, use_cache=False).logits
     return torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def _check_packs(model: Any) -> None:
+    """Two sequences in a row must read as each does alone: state that runs on, or positions that do not start again,
+    would make another policy of it."""
+    tokens = _some_tokens(model)
+    half = tokens.shape[1] // 2
+    packing = Packing([half, half], tokens.device)
+    decoder = model.get_decoder()
+    together = _run_packed(decoder, tokens[:, : 2 * half], packing).last_hidden_state[0, half:]
+    second = tokens[:, half : 2 * half]
+    alone = decoder(input_ids=second, use_cache=False).last_hidden_state[0]
+    if (together - alone).norm() > 0.05 * alone.norm():  # half precision on a GPU is within 0.01
+        raise ValueError(
+            f"{type(model).__name__} cannot be trained: sequences packed into one row see each other there (recurrent "
+            "layers, or attention of its own). Take a model whose attention transformers can replace"
+        )
+
+
+def _some_tokens(model: Any) -> Tensor:
+    """Several: the embedding of the one for padding is often zero, and so are its logits, capped or not."""
+    device = next(model.parameters()).device
+    return torch.arange(min(8, model.get_output_embeddings().weight.shape[0]), device=device)[None]
 
 
 def _read(logits: Tensor, targets: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -86,4 +164,5 @@ def _read(logits: Tensor, targets: Tensor, sampling: Sampling) -> tuple[Tensor, 
         logits = logits / sampling.temperature
     log_probabilities = logits.log_softmax(-1)
     entropies = -(log_probabilities.exp() * log_probabilities).sum(-1)
-    return log_probabilities.gather(1, targets[:, None])[:, 0], entropies
+    places = torch.arange(len(targets), device=targets.device)
+    return log_probabilities[places, targets], entropies

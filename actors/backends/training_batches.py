@@ -164,20 +164,22 @@ def turn_numbers(sequences: Sequence[TrainingSequence]) -> torch.Tensor:
 def micro_batches(
     sequences: Sequence[TrainingSequence], budget_tokens: int
 ) -> Iterator[list[TrainingSequence]]:
-    """Cut sequences into micro-batches of one sampling transform and at most `budget_tokens` with padding.
+    """Cut sequences into micro-batches of one sampling transform and at most `budget_tokens`.
 
-    Shortest first, so that little is padded; a sequence longer than the budget comes alone.
+    Shortest first, so that those side by side are alike; a sequence longer than the budget comes alone.
     """
     by_sampling: dict[Sampling, list[TrainingSequence]] = {}
     for sequence in sequences:
         by_sampling.setdefault(sequence.sampling, []).append(sequence)
     for alike in by_sampling.values():
         batch: list[TrainingSequence] = []
+        tokens = 0
         for sequence in sorted(alike, key=lambda s: len(s.tokens)):
-            if batch and len(sequence.tokens) * (len(batch) + 1) > budget_tokens:
+            if batch and tokens + len(sequence.tokens) > budget_tokens:
                 yield batch
-                batch = []
+                batch, tokens = [], 0
             batch.append(sequence)
+            tokens += len(sequence.tokens)
         yield batch
 
 

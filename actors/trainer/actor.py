@@ -496,7 +496,9 @@ class TrainerActor(Actor):
         writer = self.commits.writer
         state = self.engine.state()
         if self.config.inference.devices:
-            save_reference(self.run_dir, policy_of(state))  # before it counts that there is a commit
+            save_reference(
+                self.run_dir, policy_of(state)
+            )  # before it counts that there is a commit
         writer.stage(self.commit.step, state)
         writer.write(alone=True)
         writer.commit(self.commit)

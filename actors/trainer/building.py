@@ -36,6 +36,7 @@ def build_engine(spec: ActorSpec, config: JobConfig) -> HFTrainingEngine:
         algorithm=registry.find(config.algorithm.name),
         algorithm_config=config.algorithm,
         config=config.trainer,
+        total_steps=config.job.steps,
         device=device,
         process_group=_process_group(spec, device) if spec.num_ranks > 1 else None,
         keep_reference=not config.inference.devices,

@@ -16,6 +16,10 @@ class TrainerConfig(Section, frozen=True, kw_only=True):
     """Adam's step size after warm-up of the schedule."""
     lr_warmup_steps: Annotated[int, Meta(ge=0)] = 0
     """Steps over which the learning rate rises linearly from zero."""
+    lr_schedule: str = "constant"
+    """After the rise: "constant", or "cosine", down to lr_min_fraction at the job's last step."""
+    lr_min_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """Of learning_rate, where "cosine" ends."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates."""
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
@@ -25,7 +29,7 @@ class TrainerConfig(Section, frozen=True, kw_only=True):
     micro_batch_tokens: Annotated[int, Meta(ge=1)] = 16384
     """Tokens (prompt and sampled) of one forward and backward pass; a longer sequence runs alone."""
     dtype: str = "float32"
-    """Compute: "float32", or "bfloat16" with float32 master weights."""
+    """Compute: "float32", or "bfloat16" with float32 master weights, gradients and moments."""
     weights: str = "full"
     """How new weights are published: "full", or "delta": what changed, for receivers that hold the version before.
     Worth it where the way to a receiver is slow, not within one node's memory."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from trainer_cases import difference, engine, make_groups, parameters, qwen, step
+from trainer_cases import difference, engine, make_groups, parameters, qwen, step, whole
 
 from actors.algorithms.config import CHOICES, PAPERS, AlgorithmConfig
 from actors.backends.hf_trainer import HFTrainingEngine
@@ -56,7 +56,7 @@ def trainer_of(case: Case, config: TrainerConfig, group: Any = None) -> HFTraini
 
 def gradients(trainer: HFTrainingEngine) -> dict[str, Tensor]:
     """What the updates saw: the first moment, in which they are summed."""
-    return {k: v.clone() for k, v in trainer.state().items() if k.startswith("exp_avg.")}
+    return {k: whole(v).clone() for k, v in trainer.state().items() if k.startswith("exp_avg.")}
 
 
 def assert_same_gradient(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

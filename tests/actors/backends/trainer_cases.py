@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from actors.algorithms import registry
@@ -104,7 +105,12 @@ def step(trainer: HFTrainingEngine, *calls: list[Group]) -> dict[str, float]:
 
 
 def parameters(trainer: HFTrainingEngine) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.weights()}
+    """The policy's, whole. Collective."""
+    return {name: whole(tensor).clone() for name, tensor in trainer.weights()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

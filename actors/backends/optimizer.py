@@ -1,0 +1,102 @@
+"""AdamW on master weights: divides, clips and applies gradients that were summed, and saves its moments by name."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.backends.ranks import Ranks
+from actors.backends.sharding import part_of
+from actors.trainer.config import TrainerConfig
+from channels.weights.sharded import local
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """Over this rank's shards of named parameters, or over whole ones."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: TrainerConfig,
+        ranks: Ranks,
+        *,
+        sharded: bool,
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._max_grad_norm = config.max_grad_norm
+        self._ranks = ranks
+        self._sharded = sharded
+        self._adam = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def forget_gradients(self) -> None:
+        """They are made anew by the next backward pass."""
+        self._adam.zero_grad(set_to_none=True)
+
+    def update(
+        self, learning_rate: float, denominator: float, *, loss: float, tokens: float
+    ) -> float:
+        """Divide, clip, apply and forget the gradients; returns their norm before clipping.
+
+        Where loss or norm is not finite, or no token was trained, the weights and moments stay.
+        """
+        gradients = []
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(local(parameter.grad))
+        torch._foreach_div_(gradients, max(denominator, 1.0))
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if self._sharded:
+            norm = float(self._ranks.sum_(norms.square().sum()).sqrt())
+        else:
+            norm = float(torch.linalg.vector_norm(norms))
+        if norm > self._max_grad_norm:
+            torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))
+        if np.isfinite((loss, norm)).all() and tokens:
+            for group in self._adam.param_groups:
+                group["lr"] = learning_rate
+            self._adam.step()
+        self.forget_gradients()
+        return norm
+
+    def moments(self) -> tuple[int, dict[str, Tensor]]:
+        """How many updates there were, and after one "exp_avg.*" and "exp_avg_sq.*" by parameter, not copied."""
+        updates = 0
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            kept = self._adam.state.get(parameter)
+            if kept:
+                updates = int(kept["step"])
+                found |= {f"{moment}.{name}": kept[moment] for moment in MOMENTS}
+        return updates, found
+
+    def load_moments(self, updates: int, state: Mapping[str, Tensor]) -> None:
+        """Restore `moments`; none after no update."""
+        self._adam.state.clear()
+        if not updates:
+            return
+        for name, parameter in self._parameters.items():
+            # The fused kernel wants its counter beside the parameter.
+            kept = {"step": torch.tensor(float(updates), device=parameter.device)}
+            for moment in MOMENTS:
+                kept[moment] = torch.empty_like(parameter, requires_grad=False)
+                kept[moment].copy_(part_of(state[f"{moment}.{name}"], parameter))
+            self._adam.state[parameter] = kept
+
+    def tensors(self) -> list[Tensor]:
+        """All that it keeps."""
+        return [
+            value
+            for kept in self._adam.state.values()
+            for value in kept.values()
+            if isinstance(value, Tensor)
+        ]
