@@ -16,7 +16,8 @@ Contract, the same for both kinds:
 * Payloads are not to be changed after `send`: large arrays travel without a copy, and inline ones
   by reference. Nor after they were received: large arrays between processes of a node lie in memory
   that they share.
-* Identity: the sender's name is what the connection declared; two live endpoints never share one.
+* Identity: the sender's name is what the connection declared; two live endpoints never share one. Who may connect at
+  all: by Unix sockets whom file permissions let, by TCP members of the cluster, see `channels.security`.
 """
 
 import asyncio
@@ -32,13 +33,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import numpy as np
-import zmq
 
 from channels import messages, payload
 from channels.errors import BadFrame, ChannelError, Closed, PeerLost, TooLarge
 from channels.messages import Message
+from channels.remote import MAX_NAME_BYTES, Remote
+from channels.security import Security
 from channels.sizes import size_bytes
-from channels.sockets import Connection, DealerConnection, DrainedSocket, Frame, Part
+from channels.sockets import Connection, Frame, Part
 from channels.streams import LocalConnection, LocalMailbox
 from channels.tensors.device_frames import DeviceFrames
 from channels.tensors.device_messages import DeviceMessage
@@ -47,7 +49,6 @@ from channels.tensors.shm import ArenaFrame, SharedArena, SharedViews
 from channels.tensors.tcp import (
     CHUNK_BYTES,
     IDENTITY_SUFFIX,
-    IN_FLIGHT,
     BulkReceiver,
     BulkSender,
     Transfer,
@@ -63,8 +64,6 @@ AROUND_BYTES = 16 * 1024  # of the packed payloads in a batch: their places and 
 MAX_IPC_PATH_BYTES = 107  # sockaddr_un.sun_path, less its terminating zero
 CLOSE_LINGER_MS = 500
 BEFORE_FRAMES = 5  # of a message on the wire: sender, message, header, pack, kinds of the frames
-RECONNECT_MS = 50
-RECONNECT_MAX_MS = 1000
 INLINE_PER_TURN = 128
 SHARED_FRAME_BYTES = (
     128 * 1024
@@ -91,7 +90,7 @@ class FrameFollows(Message, frozen=True, tag="frame_follows"):
 class Transport(NamedTuple):
     """How payloads reach a peer, and why so."""
 
-    name: str  # "inline", "cuda_ipc", "nccl", "shared_memory", "ipc" or "tcp"
+    name: str  # "inline", "cuda_ipc", "nccl", "shared_memory", "ipc", "tcp", or "tcp (…)" with how it is closed
     why: str
 
 
@@ -100,6 +99,7 @@ class Endpoint(Protocol):
 
     name: str
     address: str
+    remote_address: str  # where peers on other nodes find it; "" where it has no such place
     on_message: OnMessage
     max_payload_bytes: int  # of one that is packed, and of a list of packed ones
 
@@ -153,6 +153,8 @@ class ZmqEndpoint:
     Made on the running loop. address: "ipc:///path" (at most 107 bytes of path) or
     "tcp://host:port"; with port "*" the attribute `address` says which was taken. Messages that
     arrive before the loop runs again wait for the handler.
+    listen: a second mailbox, at a TCP address; `remote_address` says where.
+    security: makes it a member of a cluster over TCP; without one TCP is for loopback only.
 
     shared_dir: a directory on a tmpfs, the same for the processes of a job on this node. Large arrays
     for peers at "ipc://" addresses then travel through shared memory, see `channels.tensors.shm`.
@@ -166,17 +168,20 @@ class ZmqEndpoint:
         name: str,
         address: str,
         *,
+        listen: str = "",
+        security: Security | None = None,
         max_payload_bytes: int = MAX_PAYLOAD_BYTES,
         shared_dir: Path | None = None,
         device: "Callable[[], Device] | None" = None,
         device_type: str = "cuda",
     ) -> None:
-        if not 0 < len(name.encode()) < 256:
-            raise ValueError(f'endpoint name "{name}": 1 to 255 bytes are allowed; shorten it')
+        if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+            raise ValueError(
+                f'endpoint name "{name}": 1 to {MAX_NAME_BYTES} bytes are allowed; shorten it'
+            )
         self.name = name
         self.on_message: OnMessage = unhandled
         self.max_payload_bytes = max_payload_bytes
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._peers: dict[str, tuple[str, Connection]] = {}
         self._names: dict[bytes, str] = {}
         self._bulk: dict[str, BulkSender] = {}
@@ -199,38 +204,32 @@ class ZmqEndpoint:
             send_bytes=self._send_bytes,
             incoming=self._incoming,
             max_bytes=max_payload_bytes,
+            far=security is None or security.plain_bulk,
         )
         _check_path(address)
-        self._mailbox: LocalMailbox | DrainedSocket
-        try:
-            if address.startswith("ipc://"):
-                limit = max_payload_bytes + messages.MAX_MESSAGE_BYTES
-                path = address.removeprefix("ipc://")
-                self._mailbox = LocalMailbox(path, self._received, limit)
-                self.address = address
-            else:
-                router = self._router(address)
-                self._mailbox = DrainedSocket(router, self._received)
-                self.address = router.get_string(zmq.LAST_ENDPOINT)
-        except (OSError, zmq.ZMQError) as error:
-            raise ChannelError(
-                f"endpoint {name} cannot bind {address}: {error.strerror}"
-            ) from error
-
-    def _router(self, address: str) -> "zmq.Socket[bytes]":
-        router = self._context.socket(zmq.ROUTER)
-        router.setsockopt(zmq.LINGER, 0)
-        router.setsockopt(zmq.RCVHWM, 0)
-        router.setsockopt(zmq.MAXMSGSIZE, self.max_payload_bytes + AROUND_BYTES)
-        # A peer that connects again (restarted, or with a new connection) takes its name over from
-        # the old connection.
-        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        try:
-            router.bind(address)
-        except zmq.ZMQError:
-            router.close(0)
-            raise
-        return router
+        self._remote = Remote(
+            name,
+            security,
+            max_message_bytes=max_payload_bytes + AROUND_BYTES,
+            received=self._received,
+            chunk=self._incoming.chunk,
+        )
+        self._mailbox: LocalMailbox | None = None
+        if not address.startswith("ipc://"):
+            self._remote.listen(address)
+        else:
+            if listen:
+                self._remote.listen(listen)
+            limit = max_payload_bytes + messages.MAX_MESSAGE_BYTES
+            try:
+                self._mailbox = LocalMailbox(address.removeprefix("ipc://"), self._received, limit)
+            except OSError as error:
+                self._remote.close()
+                raise ChannelError(
+                    f"endpoint {name} cannot bind {address}: {error.strerror}"
+                ) from error
+        self.remote_address = self._remote.address
+        self.address = address if self._mailbox is not None else self.remote_address
 
     def connect(self, peer: str, address: str) -> None:
         if self._closed:
@@ -241,31 +240,12 @@ class ZmqEndpoint:
                 return
             self.disconnect(peer)
         _check_path(address)
-        name = self.name.encode()
         connection: Connection
         if address.startswith("ipc://"):
-            connection = LocalConnection(address.removeprefix("ipc://"), name)
+            connection = LocalConnection(address.removeprefix("ipc://"), self.name.encode())
         else:
-            connection = DealerConnection(self._dealer(peer, address, name, 0))
+            connection = self._remote.connect(peer, address)
         self._peers[peer] = (address, connection)
-
-    def _dealer(
-        self, peer: str, address: str, identity: bytes, high_water: int
-    ) -> "zmq.Socket[bytes]":
-        dealer = self._context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, identity)
-        dealer.setsockopt(zmq.SNDHWM, high_water)
-        dealer.setsockopt(zmq.LINGER, 0)
-        dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-        try:
-            dealer.connect(address)
-        except zmq.ZMQError as error:
-            dealer.close(0)
-            raise ChannelError(
-                f"endpoint {self.name} cannot connect to {peer} at {address}: {error.strerror}"
-            ) from error
-        return dealer
 
     def disconnect(self, peer: str) -> None:
         known = self._peers.pop(peer, None)
@@ -324,7 +304,7 @@ class ZmqEndpoint:
         address = self._peers[peer][0]
         near = address.startswith("ipc://")
         if not near:
-            transport = Transport("tcp", f"it listens at {address}, so it may be on another node")
+            transport = Transport(*self._remote.describe(address))
         elif self._arena is None:
             transport = Transport("ipc", "same node, and no shared directory was given")
         else:
@@ -401,8 +381,7 @@ class ZmqEndpoint:
     def _bulk_to(self, peer: str, address: str) -> BulkSender:
         bulk = self._bulk.get(peer)
         if bulk is None:
-            identity = self.name.encode() + IDENTITY_SUFFIX
-            bulk = self._bulk[peer] = BulkSender(self._dealer(peer, address, identity, IN_FLIGHT))
+            bulk = self._bulk[peer] = self._remote.bulk(peer, address)
         return bulk
 
     def close(self) -> None:
@@ -416,7 +395,9 @@ class ZmqEndpoint:
             bulk.close(CLOSE_LINGER_MS)
         self._peers.clear()
         self._bulk.clear()
-        self._mailbox.close()
+        self._remote.close()
+        if self._mailbox is not None:
+            self._mailbox.close()
         if self._arena is not None:
             self._arena.close()
         self._devices.close()
@@ -572,6 +553,7 @@ class InlineEndpoint:
             raise ChannelError(f"{address} is taken: choose another address for {name}")
         self.name = name
         self.address = address
+        self.remote_address = ""
         self.on_message: OnMessage = unhandled
         self.max_payload_bytes = hub.max_payload_bytes
         self._hub = hub

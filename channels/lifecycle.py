@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from channels.messages import Message
+from channels.security import Security
 
 FLOWD = "flowd"
 
@@ -38,6 +39,8 @@ class ActorSpec(msgspec.Struct, frozen=True, kw_only=True):
     flowd_address: str
     orphan_grace_s: float
     threads: int
+    listen: str = ""  # a TCP address for a second mailbox, which other nodes reach
+    security: Security | None = None  # for all TCP
 
     @property
     def peer(self) -> str:
@@ -56,6 +59,7 @@ class Hello(Message, frozen=True, tag="hello"):
     ready: bool
     holding: bool  # the lease is held
     lease_epoch: int
+    remote_address: str = ""  # where peers on other nodes find it
 
 
 class Welcome(Message, frozen=True, tag="welcome"):

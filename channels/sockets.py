@@ -2,7 +2,7 @@
 
 ZeroMQ's file descriptor is edge-triggered: it becomes readable once, when the socket's state
 changes, and any call on the socket may use up that edge. So readiness is always asked of EVENTS:
-until it says no, and again after every send. One turn takes at most MAX_PER_TURN messages, then
+until it says no, and again after every send. One turn takes a bounded number of messages, then
 lets the loop breathe. Works on uvloop and on the standard loop.
 """
 
@@ -52,13 +52,19 @@ class DrainedSocket:
 
     on_frames: called with the frames of each message, never from within `send`. What it raises goes
     to the loop's exception handler and does not stop the reading.
+    per_turn: messages that are taken before the loop has its turn
     """
 
     def __init__(
-        self, socket: "zmq.Socket[bytes]", on_frames: Callable[[list[zmq.Frame]], None]
+        self,
+        socket: "zmq.Socket[bytes]",
+        on_frames: Callable[[list[zmq.Frame]], None],
+        *,
+        per_turn: int = MAX_PER_TURN,
     ) -> None:
         self.socket = socket
         self._on_frames = on_frames
+        self._per_turn = per_turn
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
         self._again: asyncio.Handle | None = None
@@ -95,7 +101,7 @@ class DrainedSocket:
 
     def _drain(self) -> None:
         socket = self.socket
-        for _ in range(MAX_PER_TURN):
+        for _ in range(self._per_turn):
             if self._closed or not int(socket.getsockopt(zmq.EVENTS)) & _READABLE:
                 return
             frame = socket.recv(_LAST, copy=False)
@@ -110,21 +116,6 @@ class DrainedSocket:
                     {"message": "a handler of received messages failed", "exception": error}
                 )
         self._drain_soon()
-
-
-class DealerConnection:
-    """A connection that is a ZeroMQ socket; it owns the socket."""
-
-    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
-        self._socket = socket
-
-    def send(self, parts: Sequence[Part]) -> None:
-        """See `Connection`. Never blocks where the socket has no high-water mark."""
-        send_parts(self._socket, parts)
-
-    def close(self, linger_ms: int = 0) -> None:
-        """See `Connection`."""
-        self._socket.close(linger_ms)
 
 
 def send_parts(socket: "zmq.Socket[bytes]", parts: Sequence[Part]) -> None:

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 ON_DEVICE_FROM_BYTES = 64 * 1024
 
 
+CLOSED = "device tensors through the host: NCCL would send them in the clear"
+
+
 class Way(NamedTuple):
     """How device tensors reach a peer: "cuda_ipc", "nccl", or "" where they go through the host; and why so."""
 
@@ -48,6 +51,7 @@ class DeviceFrames:
     make: gives the GPU of this process, None where it has none
     device_type: of the tensors that stay on their device, as torch names it
     For `numbers`, `say` and `send_bytes` see `NcclFrames`. incoming: takes what came over NCCL
+    far: NCCL may be used to other nodes, where it enciphers nothing
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class DeviceFrames:
         send_bytes: Callable[[str, Transfer, memoryview], None],
         incoming: BulkReceiver,
         max_bytes: int,
+        far: bool = True,
     ) -> None:
+        self._far = far
         self._name, self._make, self._device_type = name, make, device_type
         self._numbers, self._say, self._send_bytes = numbers, say, send_bytes
         self._incoming, self._max_bytes = incoming, max_bytes
@@ -94,7 +100,7 @@ class DeviceFrames:
 
     def send(self, peer: str, frame: Any, *, near: bool) -> bytes | None:
         """What a peer is sent in place of a frame that goes over NCCL. near: it is on this node."""
-        if self._nccl is None or self._lending is None:
+        if self._nccl is None or self._lending is None or not (near or self._far):
             return None
         if near:
             answer = self._lending.reaches(peer)
@@ -116,6 +122,8 @@ class DeviceFrames:
 
     def way(self, peer: str, *, near: bool) -> Way | None:
         """How device tensors reach a peer; None before it was asked, and has answered."""
+        if not (near or self._far):
+            return Way("", CLOSED) if self._device is not None else None
         lent = self._lending.reaches(peer) if self._lending is not None and near else None
         if lent is not None and lent.reaches:
             return Way("cuda_ipc", "device tensors stay on the device")

@@ -4,6 +4,8 @@ A gigabyte in one ZeroMQ message keeps whatever is sent after it waiting until i
 more than CHUNK_BYTES leaves its place in the message to a `Transfer` and follows in chunks on a second connection to
 the same mailbox, a few in flight at a time; messages on the first connection pass it by.
 
+Where the owner of the cluster wants bulk in the clear, chunks carry a tag, see `channels.tensors.tags`.
+
 The receiver holds a message until the frames it names are whole, and with it the later ones of the same channel: order
 is kept within each channel, and among messages of no channel.
 """
@@ -18,9 +20,11 @@ import numpy as np
 import zmq
 
 from channels.errors import BadFrame
+from channels.tensors.tags import Tagger
 
 CHUNK_BYTES = 1 << 20
 IN_FLIGHT = 16  # chunks that wait in the socket; the kernel's buffers come on top
+TAGGED_PER_TURN = 4  # a tag takes half a millisecond
 MAX_OPEN = 1024  # transfers of one sender at a time
 IDENTITY_SUFFIX = b"\x1fbulk"  # of the second connection; no name ends so
 
@@ -55,10 +59,14 @@ class Transfer(NamedTuple):
 
 
 class BulkSender:
-    """The second connection to one peer. Sends as fast as the peer takes, never blocking. Owns the socket."""
+    """The second connection to one peer. Sends as fast as the peer takes, never blocking. Owns the socket.
 
-    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
+    tagger: makes the tags of chunks that are not enciphered
+    """
+
+    def __init__(self, socket: "zmq.Socket[bytes]", tagger: Tagger | None = None) -> None:
         self._socket = socket
+        self._tagger = tagger
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
         self._queue: deque[tuple[Transfer, memoryview, int]] = deque()  # with the next offset
@@ -90,7 +98,7 @@ class BulkSender:
 
     def _pump(self) -> None:
         # EVENTS is asked at least once per edge of the descriptor, else there would be no next one.
-        for _ in range(IN_FLIGHT):
+        for _ in range(IN_FLIGHT if self._tagger is None else TAGGED_PER_TURN):
             if self._closed or not int(self._socket.getsockopt(zmq.EVENTS)) & _WRITABLE:
                 return
             if not self._queue:
@@ -99,8 +107,11 @@ class BulkSender:
             end = min(offset + CHUNK_BYTES, transfer.nbytes)
             if end < transfer.nbytes:
                 self._queue.appendleft((transfer, data, end))
-            self._socket.send(_CHUNK.pack(*transfer, offset), _MORE)
-            self._socket.send(data[offset:end], _LAST, copy=False)
+            head, chunk = _CHUNK.pack(*transfer, offset), data[offset:end]
+            self._socket.send(head, _MORE)
+            if self._tagger is not None:
+                self._socket.send(self._tagger.mark(head, chunk), _MORE)
+            self._socket.send(chunk, _LAST, copy=False)
         self._soon()  # other callbacks have their turn between
 
 

@@ -16,6 +16,7 @@ from device_fakes import FakeDevice, FakeNode, FakePair
 
 from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
+from channels.security import KEY_BYTES, Security
 from channels.tensors.device_frames import ON_DEVICE_FROM_BYTES
 from channels.tensors.nccl_frames import RETRY_S, NcclFrames
 
@@ -31,7 +32,7 @@ class Take(Message, frozen=True, tag="test_take_over_nccl"):
 class Pair:
     """Two endpoints with a GPU each, a and b, on two nodes unless there is a directory for their sockets."""
 
-    def __init__(self, sockets: Path | None = None) -> None:
+    def __init__(self, sockets: Path | None = None, security: Security | None = None) -> None:
         self.node = FakeNode()
         self.gpus = {name: FakeDevice(self.node, f"GPU-{name}") for name in "ab"}
         self.a, self.b = (
@@ -40,6 +41,7 @@ class Pair:
                 "tcp://127.0.0.1:*" if sockets is None else f"ipc://{sockets}/{name}",
                 device=lambda name=name: self.gpus[name],  # type: ignore[misc]
                 device_type="cpu",
+                security=security,
             )
             for name in "ab"
         )
@@ -279,3 +281,21 @@ def test_a_peer_that_is_gone_leaves_nothing_behind(run: Run, survivor: str) -> N
         assert pair.box.empty()
 
     on_pair(run, main)
+
+
+@pytest.mark.parametrize("plain_bulk", [False, True])
+def test_between_nodes_only_where_bulk_may_be_in_the_clear(run: Run, plain_bulk: bool) -> None:
+    """NCCL enciphers nothing: unless the cluster's owner allows that, device tensors go through the host."""
+
+    async def main() -> None:
+        pair = Pair(security=Security(bytes(KEY_BYTES), plain_bulk))
+        await pair.answered()
+        assert pair.a.transport("b").name == ("nccl" if plain_bulk else "tcp (curve)")
+        pair.send(tensor(1))
+        await pair.arrives(1)
+        assert bool(pair.node.fabric.pairs) == plain_bulk
+        if plain_bulk:
+            await pair.at_rest()
+        pair.close()
+
+    run(main)
