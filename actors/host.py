@@ -217,6 +217,7 @@ class ActorHost:
                 ready=self.ready,
                 holding=self.lease.held,
                 lease_epoch=self.lease.epoch,
+                remote_address=self.endpoint.remote_address,
             )
         )
 

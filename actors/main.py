@@ -36,6 +36,8 @@ async def _main(spec: ActorSpec) -> int:
     endpoint = ZmqEndpoint(
         spec.peer,
         spec.address,
+        listen=spec.listen,
+        security=spec.security,
         shared_dir=Path(spec.weights_dir),
         device=_gpu if on_gpu else None,
     )

@@ -39,6 +39,7 @@ class ActorRecord:
     state: str = "starting"  # starting, ready, stopping, gone
     process: Process | None = None
     address: str = ""
+    remote_address: str = ""  # over TCP, for other nodes
     restarts: int = 0
     heard: float = field(default_factory=time.monotonic)
     report: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class ActorRecord:
             "devices": list(self.devices),
             "state": self.state,
             "restarts": self.restarts,
+            "remote_address": self.remote_address,
             "waits_for": self.report.get("waits_for", ""),
             "time": self.report.get("time", {}),
         }

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from flowd.errors import FlowdError, JobFailed, RequestError
 
-DAEMON_COMMANDS = ("up", "down")
+DAEMON_COMMANDS = ("up", "down", "token")
 CTL_COMMANDS = (
     "submit",
     "run",

@@ -18,11 +18,13 @@ import zmq
 from channels import messages
 from channels.control import CtlProgress, CtlReply, CtlRequest
 from channels.endpoint import ZmqEndpoint
-from channels.errors import BadFrame, PeerLost
+from channels.errors import BadFrame, ChannelError, PeerLost
 from channels.lifecycle import FLOWD
 from channels.messages import Message
+from channels.security import Security
 from channels.sockets import DrainedSocket
 from flowd import lockfile
+from flowd.auth import cluster_key
 from flowd.control import ControlDesk
 from flowd.devices import Device
 from flowd.errors import RequestError
@@ -43,15 +45,16 @@ def serve(
     paths: StatePaths,
     devices: list[Device],
     *,
-    listen: str | None,
+    listen: str = "",
+    plain_bulk: bool = False,
     ready: Callable[[], None],
     orphan_grace_s: float = 30.0,
 ) -> int:
-    """Run flowd in this process until it is told to stop; `ready` is called once it answers."""
-    if listen is not None:
-        raise RequestError(
-            f"--listen {listen}: this flowd serves one node over local sockets; leave --listen out"
-        )
+    """Run flowd in this process until it is told to stop; `ready` is called once it answers.
+
+    listen: "tcp://IP:PORT" of its mailbox for other nodes; its actors have theirs at that IP    plain_bulk: see
+    `channels.security.Security`
+    """
     lock = lockfile.acquire(paths.lock)
     try:
         logging.basicConfig(
@@ -59,10 +62,11 @@ def serve(
             format="%(asctime)s %(levelname)s %(name)s %(message)s",
             handlers=[logging.FileHandler(paths.log)],
         )
+        security = Security(cluster_key(paths.cluster_key), plain_bulk) if listen else None
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(paths, devices, lock, ready, orphan_grace_s))
+            return runner.run(_serve(paths, devices, lock, ready, orphan_grace_s, listen, security))
     finally:
         lock.release()
 
@@ -73,8 +77,10 @@ async def _serve(
     lock: lockfile.HeldLock,
     ready: Callable[[], None],
     orphan_grace_s: float,
+    listen: str,
+    security: Security | None,
 ) -> int:
-    daemon = FlowdDaemon(paths, devices, orphan_grace_s)
+    daemon = FlowdDaemon(paths, devices, orphan_grace_s, listen, security)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, daemon.signalled, number)
@@ -91,16 +97,28 @@ async def _serve(
 class FlowdDaemon:
     """See the module docstring. Made within the loop; binds the sockets at once."""
 
-    def __init__(self, paths: StatePaths, devices: list[Device], orphan_grace_s: float) -> None:
+    def __init__(
+        self,
+        paths: StatePaths,
+        devices: list[Device],
+        orphan_grace_s: float,
+        listen: str,
+        security: Security | None,
+    ) -> None:
         self.paths = paths
         self.stopping = asyncio.Event()
         self._signals = 0
         self._tasks = Tasks("flowd")
         for directory in (paths.runs, paths.cache, paths.weights):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._endpoint = ZmqEndpoint(
+                FLOWD, f"ipc://{paths.sockets / 'flowd.sock'}", listen=listen, security=security
+            )
+        except ChannelError as error:
+            raise RequestError(f"flowd cannot listen: {error}") from error
         self._store = Store(paths.root)
         self._fork_server = ForkServer(paths, devices, self._tasks, orphan_grace_s)
-        self._endpoint = ZmqEndpoint(FLOWD, f"ipc://{paths.sockets / 'flowd.sock'}")
         self._endpoint.on_message = self._on_message
         events = EventLog(paths, self._store)
         self._jobs = NodeJobs(
@@ -112,6 +130,8 @@ class FlowdDaemon:
             events=events,
             node=socket.gethostname(),
             orphan_grace_s=orphan_grace_s,
+            listen=f"{listen.rpartition(':')[0]}:*" if listen else "",
+            security=security,
         )
         requests = Requests(paths, self._store, self._jobs, events, self.request_shutdown)
         self._desk = ControlDesk(requests)

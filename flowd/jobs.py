@@ -285,6 +285,7 @@ class Job:
 
     def _hello(self, record: ActorRecord, hello: Hello) -> None:
         record.address = hello.address
+        record.remote_address = hello.remote_address
         self._introductions.welcome(record)
         if hello.ready and record.state == "starting":
             self._ready(record)

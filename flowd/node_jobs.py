@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from actors.job_config import JobConfig
 from channels.endpoint import Endpoint
+from channels.security import Security
 from flowd import leftovers
 from flowd.control import ENDED
 from flowd.devices import Device
@@ -36,7 +37,10 @@ log = logging.getLogger(__name__)
 
 
 class NodeJobs:
-    """One per flowd. `known` are the jobs of this flowd's life, those that ended included."""
+    """One per flowd. `known` are the jobs of this flowd's life, those that ended included.
+
+    listen: the TCP address of each actor's second mailbox, "" for none
+    """
 
     def __init__(
         self,
@@ -49,6 +53,8 @@ class NodeJobs:
         events: EventLog,
         node: str,
         orphan_grace_s: float,
+        listen: str,
+        security: Security | None,
     ) -> None:
         self.known: dict[str, Job] = {}
         self.devices = devices
@@ -59,6 +65,8 @@ class NodeJobs:
         self._endpoint = endpoint
         self._events = events
         self._orphan_grace_s = orphan_grace_s
+        self._listen = listen
+        self._security = security
         self._incarnation = uuid.uuid4().hex
         self._memory = JobMemory(store, node)
         self._launching: set[str] = set()
@@ -111,6 +119,8 @@ class NodeJobs:
                 socket_dir=self._paths.sockets,
                 weights_dir=self._paths.weights / name,
                 cache_dir=self._paths.cache,
+                listen=self._listen,
+                security=self._security,
             ),
             node=self.node,
             incarnation=self._incarnation,

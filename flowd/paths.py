@@ -6,8 +6,12 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowd.errors import RequestError
+
+if TYPE_CHECKING:
+    from channels.security import Security
 
 # A Unix socket's path holds 107 bytes (sun_path of Linux, less the final zero); some room is left
 # for actors' sockets beside the control socket.
@@ -97,12 +101,18 @@ class RunPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class JobPlaces:
-    """Where a running job's things lie."""
+    """Where a running job's things lie.
+
+    listen: the TCP address at which each actor is reached from other nodes too, "" for none
+    security: of the cluster, for all TCP
+    """
 
     run_dir: Path
     socket_dir: Path
     weights_dir: Path
     cache_dir: Path
+    listen: str = ""
+    security: "Security | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,11 @@ class StatePaths:
     @property
     def log(self) -> Path:
         return self.root / "flowd.log"
+
+    @property
+    def cluster_key(self) -> Path:
+        """What makes this node a member of its cluster, see `flowd.auth`."""
+        return self.root / "cluster.key"
 
     @property
     def database(self) -> Path:

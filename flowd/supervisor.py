@@ -218,6 +218,8 @@ class Supervisor:
             flowd_address=self._introductions.flowd_address,
             orphan_grace_s=self._orphan_grace_s,
             threads=4 if device is not None and device.kind == "cuda" else 1,
+            listen=roster.places.listen,
+            security=roster.places.security,
         )
 
     def _address(self, record: ActorRecord) -> str:
@@ -404,7 +406,7 @@ def _renew(record: ActorRecord) -> None:
     """Another life begins."""
     record.epoch += 1
     record.restarts += 1
-    record.address = ""
+    record.address = record.remote_address = ""
     record.ready_event.clear()
     record.process = None
 

@@ -1,6 +1,7 @@
 """`flowd up`: start the daemon."""
 
 import argparse
+import ipaddress
 import json
 import os
 import sys
@@ -22,7 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto (all GPUs, else virtual devices, one per core), cpu:N, or GPU numbers as in 0,1",
     )
     parser.add_argument(
-        "--listen", metavar="tcp://IP:PORT", help="take other nodes' and tools' connections there"
+        "--listen",
+        type=listening,
+        metavar="tcp://IP:PORT",
+        help="let members of the cluster reach flowd there, and its actors at other ports of IP: enciphered "
+        "(CURVE), and nobody else",
+    )
+    parser.add_argument(
+        "--token",
+        metavar="T",
+        help="be of the cluster whose `flowd token` printed T; - reads it from stdin, where no `ps` shows it",
+    )
+    parser.add_argument(
+        "--bulk",
+        choices=("encrypted", "plain"),
+        default="encrypted",
+        help="large arrays between nodes that all say plain are authenticated, and not enciphered: several "
+        "times faster, for private networks",
     )
     parser.add_argument(
         "--orphan-grace-s",
@@ -47,11 +64,35 @@ def grace(text: str) -> float:
     return seconds
 
 
+def listening(text: str) -> str:
+    """The address to listen at: one that others can be told, so not all of a machine's at once."""
+    scheme, _, place = text.partition("://")
+    host, _, port = place.rpartition(":")
+    try:
+        known = ipaddress.IPv4Address(host)
+        valid = scheme == "tcp" and not known.is_unspecified and 0 < int(port) < 65536
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not an address that other nodes can be told: give the scheme, this node's IPv4 "
+            "address and a port, as in tcp://10.0.0.5:7780"
+        )
+    return text
+
+
 def run(args: argparse.Namespace) -> int:
-    from flowd.errors import FlowdError
+    from flowd.errors import FlowdError, RequestError
     from flowd.runs import paths_of
 
     paths = paths_of(args)
+    if not args.listen and (args.token or args.bulk == "plain"):
+        option = "--token" if args.token else "--bulk plain"
+        raise RequestError(f"{option} is about other nodes: say --listen tcp://IP:PORT as well")
+    if args.token:
+        from flowd.auth import join
+
+        join(paths.cluster_key, sys.stdin.readline() if args.token == "-" else args.token)
     if args.detach:
         return _detach(args, paths)
     try:
@@ -87,7 +128,12 @@ def _serve(args: argparse.Namespace, paths: "StatePaths") -> int:
     from flowd.daemon import serve
 
     return serve(
-        paths, devices, listen=args.listen, ready=ready, orphan_grace_s=args.orphan_grace_s
+        paths,
+        devices,
+        listen=args.listen or "",
+        plain_bulk=args.bulk == "plain",
+        ready=ready,
+        orphan_grace_s=args.orphan_grace_s,
     )
 
 
@@ -105,7 +151,7 @@ def _detach(args: argparse.Namespace, paths: "StatePaths") -> int:
     command = [sys.executable, "-m", "flowd", "up", "--devices", args.devices]
     command += ["--state-dir", str(paths.root), "--ready-fd", str(writer)]
     command += ["--orphan-grace-s", str(args.orphan_grace_s)]
-    command += ["--listen", args.listen] if args.listen else []
+    command += ["--listen", args.listen, "--bulk", args.bulk] if args.listen else []
     try:
         with paths.log.open("ab") as output:
             child = subprocess.Popen(
