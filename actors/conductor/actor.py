@@ -7,7 +7,6 @@ issued again.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +15,12 @@ from actors.actor import Actor
 from actors.conductor.batches import Batch, Batches, Decision
 from actors.conductor.evaluating import Evaluated, Evaluator, recorded_evaluations
 from actors.conductor.filtering import GroupFilter
-from actors.conductor.guards import Guards, no_progress
+from actors.conductor.guards import Guards
 from actors.conductor.issuing import Issue, Issuer
 from actors.conductor.ledger import Ledger
 from actors.conductor.manifest import newest_manifest
 from actors.conductor.metrics import MetricsWriter
+from actors.conductor.progress import ProgressWatch
 from actors.conductor.step_line import StageSeconds, step_line
 from actors.errors import ActorError
 from actors.randomness import fold
@@ -29,7 +29,6 @@ from channels.messages import Message
 from channels.weights import WeightsPublished
 from channels.work import (
     Admit,
-    AskCall,
     BeginRun,
     CommitAndPause,
     Committed,
@@ -42,7 +41,6 @@ from channels.work import (
     TrainerReady,
 )
 
-ANSWER_S = 1.0  # an actor's loop is free: one that does not answer by then hangs itself
 SEED_OF_GROUP = 1  # purpose of the key that makes a group's seed
 
 
@@ -76,13 +74,14 @@ class ConductorActor(Actor):
         self.evaluations = self.router.producer(
             "evaluations", bound=4 * self.config.eval.problems, epoch=self.spec.epoch
         )
+        self.progress = ProgressWatch(self.config.guards.no_progress_s, self)
         self.evaluator = Evaluator(
             self.config,
             self.run_dir,
             self.evaluations,
             self.metrics,
             done=lambda evaluated: self.inbox.put_nowait(("", evaluated)),
-            progressed=lambda: self.progress.set(),
+            progressed=self.progress.made,
         )
         self.trainer: Introduce | None = None
         self.newest: WeightsPublished | None = None
@@ -94,11 +93,8 @@ class ConductorActor(Actor):
         self.unsaid: StepRecorded | None = None  # that the trainer was not told yet
         self.handing_over: str | None = None
         self.handed_over = False
-        self.progress = asyncio.Event()
         self.step_began = time.monotonic()
         self.stage_seconds = StageSeconds()
-        self.calls: dict[str, InCall] = {}  # answers to AskCall
-        self.called = asyncio.Event()
         self.inbox: asyncio.Queue[tuple[str, Message | Evaluated]] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -144,8 +140,7 @@ class ConductorActor(Actor):
     def on_message(self, sender: str, message: Message, payload: Any) -> None:
         """Queue: the ledger is written off the loop, and order matters."""
         if isinstance(message, InCall):
-            self.calls[sender] = message  # asked for while the queue may not move
-            self.called.set()
+            self.progress.answered(sender, message)  # asked for while the queue may not move
             return
         self.inbox.put_nowait((sender, message))
 
@@ -219,7 +214,7 @@ class ConductorActor(Actor):
                 return
         self._tell_trainer(BeginRun(run_attempt=self.run_attempt, step=ready.step))
         self.step_began = time.monotonic()
-        self.progress.set()
+        self.progress.made()
 
     async def _published(self, message: WeightsPublished) -> None:
         if message.run_attempt != self.run_attempt:
@@ -234,7 +229,7 @@ class ConductorActor(Actor):
             await self._issue()
 
     async def _issue(self) -> None:
-        """Issue what the policy clock allows; while handing over, only what a step that has begun still lacks."""
+        """Issue what the policy clock allows; while handing over, only to complete a step that has begun."""
         if self.finishing is not None:
             return
         if self.handing_over is not None and not self.issuer.has_arrived(self.issuer.version):
@@ -242,7 +237,7 @@ class ConductorActor(Actor):
         evaluated = self.evaluator.oldest
         if evaluated is not None and self.issuer.version > evaluated:
             return  # its weights would be gone before it is complete
-        issues = self.issuer.due(ahead=self.handing_over is None)
+        issues = self.issuer.due()
         if not issues:
             return
         attempts = self.ledger.issue_many(
@@ -338,7 +333,7 @@ class ConductorActor(Actor):
         self.ledger.train(groups, message.step)
         # A ticket of a trained group (its env actor died after delivering) is played for nothing.
         self.tickets.cancel(lambda pending: pending.payload["step"] <= message.step)
-        self.progress.set()
+        self.progress.made()
         line = self._line(message, batch)
         self.rewards.append(line["reward_mean"])
         await self.blocking(self.metrics.write, line)
@@ -367,8 +362,12 @@ class ConductorActor(Actor):
         elif self.handing_over is not None:
             self._pause_trainer()
         else:
-            await self._issue()
-            await self._carry_out(self.batches.decide(self.issuer.version), self.issuer.version)
+            await self._go_on()
+
+    async def _go_on(self) -> None:
+        """Issue what waited for a step or an evaluation, and decide on what waited for that."""
+        await self._issue()
+        await self._carry_out(self.batches.decide(self.issuer.version), self.issuer.version)
 
     def _tell_recorded(self) -> None:
         """A commit may contain the steps that are recorded, but none beyond a version that is still evaluated."""
@@ -388,7 +387,7 @@ class ConductorActor(Actor):
         if self.finishing is not None:
             self._end_when_settled()
         else:
-            await self._issue()
+            await self._go_on()
 
     async def _only_evaluate(self) -> None:
         """A job without steps: its rollout actors have the weights."""
@@ -404,7 +403,7 @@ class ConductorActor(Actor):
         )
         for rollout in self.peers_of("rollout"):
             self.endpoint.send(rollout.peer, self.newest)
-        self.progress.set()
+        self.progress.made()
         if self.evaluator.is_due(0):
             self.evaluator.start(0)
         else:
@@ -462,34 +461,5 @@ class ConductorActor(Actor):
             self.endpoint.send(self.trainer.peer, message)
 
     async def _watch_progress(self) -> None:
-        limit = self.config.guards.no_progress_s
-        if not limit:
-            return
-        await self.progress.wait()  # the trainer's warm-up is not counted
-        while True:
-            self.progress.clear()
-            try:
-                async with asyncio.timeout(limit):
-                    await self.progress.wait()
-            except TimeoutError:
-                where = await self._where_it_hangs(limit)
-                if self.progress.is_set():
-                    continue  # meanwhile a step was taken after all
-                self._end("failed", no_progress(limit, where))
-                return
-
-    async def _where_it_hangs(self, limit_s: float) -> dict[str, InCall | None]:
-        """By actor the call that it is in; None for one whose loop does not answer."""
-        self.calls.clear()
-        asked = sorted(self.peers)
-        for name in asked:
-            self.endpoint.send(name, AskCall())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(limit_s, ANSWER_S)):
-                while not self.calls.keys() >= set(asked) & self.peers.keys():
-                    self.called.clear()
-                    await self.called.wait()
-        calls = {name: self.calls.get(name) for name in asked if name in self.peers}
-        return {name.rpartition("/")[2]: call for name, call in calls.items()} | {
-            self.spec.actor: self.in_call()
-        }
+        if self.config.guards.no_progress_s:
+            self._end("failed", await self.progress.stalled())

@@ -56,8 +56,10 @@ class Batches:
 
     def decide(self, step: int) -> Decision:
         """What can be decided now of a deterministic job's step: nothing, a round, or the whole batch."""
-        in_turn = step == self._issuer.version or not self._filter.active
-        if not (self._deterministic and in_turn and self._issuer.is_full(step)):
+        if not self._deterministic or not self._issuer.is_full(step):
+            return Decision()
+        # What the policy clock allows comes first, also where the conductor holds it back for a while.
+        if self._filter.active and (step != self._issuer.version or self._issuer.owes):
             return Decision()
         batch = self._steps[step]
         decision = self._decide(batch, [batch.received[group] for group in sorted(batch.received)])

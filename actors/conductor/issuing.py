@@ -51,14 +51,10 @@ class Issuer:
         self._seated.clear()
         self._completed.clear()
 
-    def due(self, *, ahead: bool = True) -> list[Issue]:
-        """Groups that may be issued now, in order; they count as issued from here on.
-
-        ahead: also for the steps after the next one
-        """
+    def due(self) -> list[Issue]:
+        """Groups that may be issued now, in order; they count as issued from here on."""
         issues = []
-        last_step = min(self.version + self.max_staleness * ahead, self.steps - 1)
-        for step in range(self.version, last_step + 1):
+        for step in self._open_steps:
             while self._seated.get(step, 0) < self.groups_per_step:
                 if self._reissue:
                     group = self._reissue.popleft()
@@ -69,6 +65,15 @@ class Issuer:
                 self._seated[step] = self._seated.get(step, 0) + 1
                 issues.append(Issue(group, step, self.version))
         return issues
+
+    @property
+    def owes(self) -> bool:
+        """Whether `due` would give any."""
+        return any(self._seated.get(step, 0) < self.groups_per_step for step in self._open_steps)
+
+    @property
+    def _open_steps(self) -> range:
+        return range(self.version, min(self.version + self.max_staleness, self.steps - 1) + 1)
 
     def seat(self, group: int) -> int | None:
         """The step that will train a group, or None when it has no seat (never issued, or trained)."""

@@ -87,10 +87,12 @@ class Run:
         self.flying: list[int] = []
         self.filtered: dict[int, int] = {}  # group → step
         self.trained: dict[int, list[int]] = {}
+        self.held = False  # as while an evaluation is taken
         self.issue()
 
     def issue(self) -> None:
-        self.flying += [issue.group for issue in self.issuer.due()]
+        if not self.held:
+            self.flying += [issue.group for issue in self.issuer.due()]
 
     def carry_out(self, decision: Decision, step: int) -> None:
         assert not (decision.admitted and decision.filtered)
@@ -108,11 +110,15 @@ class Run:
         teaches = self.useful[group % len(self.useful)]
         rewards = [0.0, 1.0] if teaches else [1.0, 1.0]
         self.carry_out(self.batches.arrived(received(group, rewards), step), step)
-        while self.issuer.version in self.trained:
+        self.goes_on()
+
+    def goes_on(self) -> None:
+        self.issue()
+        self.carry_out(self.batches.decide(self.issuer.version), self.issuer.version)
+        if self.issuer.version in self.trained:
             self.issuer.advance(self.issuer.version + 1)
             self.batches.close(self.issuer.version - 1)
-            self.issue()
-            self.carry_out(self.batches.decide(self.issuer.version), self.issuer.version)
+            self.goes_on()
 
     def in_weights(self) -> set[int]:
         return {group for groups in self.trained.values() for group in groups}
@@ -131,10 +137,10 @@ class Run:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_neither_order_of_arrival_nor_a_rollback_changes_a_deterministic_job(
+def test_neither_order_nor_waits_nor_rollbacks_change_a_deterministic_job(
     data: st.DataObject,
 ) -> None:
-    """Which groups each step trains, and which are filtered, is that of a run where all come in order."""
+    """Which groups each step trains, and which are filtered, is that of a run where all come in order, at once."""
     size, bound = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 2))
     useful = data.draw(st.lists(st.booleans(), min_size=1, max_size=9).filter(any))
     steps = 4
@@ -145,9 +151,13 @@ def test_neither_order_of_arrival_nor_a_rollback_changes_a_deterministic_job(
     assert [len(groups) for groups in calm.trained.values()] == [size] * steps
     run = Run(size, bound, steps, useful)
     crashes = data.draw(st.integers(0, 3))
-    while run.flying:
+    while run.flying or run.held:
         if crashes and data.draw(st.booleans()):
             crashes -= 1
+            run.held = False
             run.rolls_back(data.draw(st.integers(0, run.issuer.version)))
-        run.arrives(data.draw(st.sampled_from(run.flying)))
+        if run.flying:
+            run.arrives(data.draw(st.sampled_from(run.flying)))
+        run.held = bool(run.flying) and data.draw(st.booleans())
+        run.goes_on()
     assert (run.trained, run.filtered) == (calm.trained, calm.filtered)
