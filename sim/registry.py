@@ -14,6 +14,8 @@ TASKS = {
     "gsm8k": "sim.text.gsm8k:Gsm8k",
     "guess_number": "sim.text.guess_number:GuessNumber",
     "gymnasium": "sim.gymnasium:Gymnasium",
+    "libero": "sim.libero:Libero",
+    "maniskill": "sim.maniskill:ManiSkill",
     "metaworld": "sim.metaworld:MetaWorld",
     "point_reach": "sim.point_reach:PointReach",
     "text": "sim.text.prompts:Prompts",
