@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint types clean
+ROBOTS := .venv-robots
+ROBOTS_BIN := $(ROBOTS)/bin
+ROBOTS_STAMP := $(ROBOTS)/.installed
+
+.PHONY: install install-robots demo test test-slow test-robots lint types clean
 
 install: $(STAMP)
 
@@ -13,6 +17,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,math,data,lora,gymnasium]'
 	touch $(STAMP)
+
+# Simulators in an environment of their own: [env] python = ".venv-robots/bin/python". As root on Debian also the system
+# packages that they draw with; otherwise it says which are missing.
+install-robots: $(ROBOTS_STAMP)
+	-$(ROBOTS_BIN)/python -m sim.drivers --install
+
+$(ROBOTS_STAMP): pyproject.toml constraints.txt constraints-robots.txt
+	$(PYTHON) -m venv $(ROBOTS)
+	$(ROBOTS_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-robots.txt \
+		-e '.[dev,gymnasium,metaworld,panda,maniskill,libero]'
+	$(ROBOTS_BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints-robots.txt \
+		rlinf-libero robosuite bddl
+	touch $(ROBOTS_STAMP)
 
 demo: install
 	$(BIN)/python -m flowd.demo
@@ -23,6 +40,10 @@ test: install lint types
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 
+# Every simulator that is installed, ours too, through the contract check.
+test-robots: install-robots
+	$(ROBOTS_BIN)/python -m pytest -q tests/sim
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +52,4 @@ types: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(ROBOTS) build *.egg-info

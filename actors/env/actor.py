@@ -125,11 +125,12 @@ class EnvActor(Actor):
         self._account()
 
     async def _open(self, task: str, args: dict[str, Any], group_size: int) -> Hosts:
+        num_slots = group_size * self.config.env.groups_per_actor
         hosts = await open_hosts(
             task,
             args,
-            num_slots=group_size * self.config.env.groups_per_actor,
-            workers=self.config.env.workers,
+            num_slots=num_slots,
+            workers=min(self.config.env.workers, num_slots),
             step_timeout_s=self.config.env.step_timeout_s,
             blocking=self.blocking,
             told=self._account,

@@ -11,7 +11,7 @@ class EnvConfig(Section, frozen=True, kw_only=True):
     """Env actors: each hosts a simulator or text task and plays whole groups of episodes."""
 
     task: str
-    """A registered task ("arithmetic", "gsm8k", "guess_number", "text") or an import path "module:Class"."""
+    """A registered task (docs/tasks.md for text, docs/simulators.md for robots) or an import path "module:Class"."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the task."""
     actors: Annotated[int, Meta(ge=1)] = 2
