@@ -19,7 +19,7 @@ from actors.conductor.manifest import Manifest, checkpoint_dir, newest_manifest,
 from actors.errors import BadCheckpoint
 from actors.retention import prune
 from actors.trainer.config import CheckpointConfig
-from actors.trainer.shard_files import Shards, sync, write_shards
+from actors.trainer.shard_files import Shards, bad_checkpoint, sync, write_shards
 from actors.trainer.staging import HostCopy, Staged
 
 if TYPE_CHECKING:
@@ -89,15 +89,10 @@ def load(run_dir: Path, engine: TrainingEngine) -> Manifest:
     if manifest is None:
         raise BadCheckpoint(f"{run_dir} has no commit: the run never reached its first step")
     directory = checkpoint_dir(run_dir, manifest.step)
-    shards = Shards(directory)
-    state = shards.empty()
-    shards.read_into(state)
     try:
-        engine.load_state(state)
+        engine.load_state(Shards(directory))
     except ValueError as error:
-        raise BadCheckpoint(
-            f"{directory} cannot be loaded: {error}; remove that directory to go on from the commit before"
-        ) from error
+        raise bad_checkpoint(directory, str(error)) from error
     return manifest
 
 

@@ -1,19 +1,18 @@
 """Shards of a trainer's state on disk: the storage that torch.distributed.checkpoint plans for, in safetensors files.
 
-torch.distributed.checkpoint decides which rank writes what (each its own shards, of what all have one of them), and
-which slices a rank with another layout reads. Here is only where the bytes go: one file per rank, whose header says all
-there is to know. Its own files would cost a small state more than the training step: a pickle for every tensor and one
-for the whole, 34 ms of Python for 80 tensors where these take 10.
+torch.distributed.checkpoint decides which rank writes what: each its own shards, and one of them what all have. Here is
+only where the bytes go: one file per rank, whose header says all there is to know. Its own files would cost a small
+state much: a pickle for every tensor and one for the whole, 34 ms of Python for 80 tensors where these take 10.
 
 A tensor that is whole in a file goes by its name, a part of one by `name[first row, first column, …]`.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from actors.errors import BadCheckpoint, CheckpointNotWritten
@@ -41,18 +34,6 @@ from actors.trainer.staging import Staged
 
 RANKS = "ranks"  # in every header: how many files there are
 SIZES = "sizes"  # and of what is there in part: how large the whole is
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def write_shards(directory: Path, staged: Staged, group: dist.ProcessGroup | None = None) -> None:
@@ -86,38 +67,81 @@ def shard_file(rank: int) -> str:
     return f"state-{rank}.safetensors"
 
 
-class Shards:
-    """What `write_shards` wrote, from however many ranks. Raises BadCheckpoint when files are missing or damaged."""
+class Shards(Mapping[str, Tensor]):
+    """What `write_shards` wrote, from however many ranks: whole tensors by name, on the host, not to be changed.
+
+    A tensor is read when it is asked for: pages of the file where it is whole in one, else put together from its parts.
+    Raises BadCheckpoint when files are missing or damaged.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._files: list[Any] = []
+        self._parts: dict[str, list[_Part]] = {}
         try:
-            self._metadata = _read_headers(directory)
+            self._open()
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise _bad(directory, error) from error
+            raise bad_checkpoint(directory, str(error)) from error
 
-    def empty(self) -> dict[str, Tensor]:
-        """Tensors to read into, whole ones by the names that there are."""
-        return {
-            name: torch.empty(known.size, dtype=known.properties.dtype)
-            for name, known in self._metadata.state_dict_metadata.items()
-            if isinstance(known, TensorStorageMetadata)
-        }
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
 
-    def read_into(self, state: Mapping[str, Tensor]) -> None:
-        """Fill tensors in place, plain ones whole, DTensors with their shard; all of these names have to be there."""
-        reader = _Reader(self._directory, self._metadata)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            planner.set_up_planner(dict(state), self._metadata, is_coordinator=True)
-            reader.read_data(planner.create_local_plan(), planner)
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise _bad(self._directory, error) from error
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = self._parts[name]
+        read = [(part, part.file.get_tensor(part.key)) for part in parts]
+        if len(read) == 1:
+            first: Tensor = read[0][1]
+            return first
+        whole = torch.empty(parts[0].size, dtype=read[0][1].dtype)
+        for part, tensor in read:
+            bounds = zip(part.offsets, tensor.shape, strict=True)
+            whole[tuple(slice(start, start + length) for start, length in bounds)] = tensor
+        return whole
+
+    def _open(self) -> None:
+        rank, num_ranks = 0, 1
+        while rank < num_ranks:
+            name = shard_file(rank)
+            file: Any = safe_open(self._directory / name, framework="pt")
+            header = file.metadata() or {}
+            if RANKS not in header:
+                raise ValueError(f"{name} is no shard of a checkpoint")
+            num_ranks, sizes = int(header[RANKS]), json.loads(header[SIZES])
+            for key in file.keys():
+                shape = file.get_slice(key).get_shape()
+                tensor, _, offsets = key.partition("[") if key in sizes else (key, "", "")
+                part = _Part(
+                    file=file,
+                    key=key,
+                    size=sizes.get(key, shape),
+                    offsets=json.loads(f"[{offsets}") if offsets else [0] * len(shape),
+                    elements=math.prod(shape),
+                )
+                self._parts.setdefault(tensor, []).append(part)
+            rank += 1
+        for tensor, parts in self._parts.items():
+            if sum(part.elements for part in parts) != math.prod(parts[0].size):
+                raise ValueError(f"parts of {tensor} are missing")
 
 
-def _bad(directory: Path, error: Exception) -> BadCheckpoint:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Of a tensor in a file. size: of the whole"""
+
+    file: Any
+    key: str
+    size: list[int]
+    offsets: list[int]
+    elements: int
+
+
+def bad_checkpoint(directory: Path, what: str) -> BadCheckpoint:
+    """The error about a checkpoint that cannot be used, with the way out."""
     return BadCheckpoint(
-        f"{directory} cannot be loaded: {error}; remove that directory to go on from the commit before"
+        f"{directory} cannot be loaded: {what}; remove that directory to go on from the commit before"
     )
 
 
@@ -189,92 +213,6 @@ class _Writer(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
-
-
-class _Reader(StorageReader):
-    """Reads the items of a plan, by slices."""
-
-    def __init__(self, directory: Path, metadata: Metadata) -> None:
-        self._directory = directory
-        self._metadata = metadata
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept from one checkpoint to the next."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        self._metadata = metadata
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        with ExitStack() as files:
-            opened: dict[str, Any] = {}
-            for item in plan.items:
-                name, key = self._metadata.storage_data[item.storage_index]
-                if name not in opened:
-                    opened[name] = files.enter_context(
-                        safe_open(self._directory / name, framework="pt")
-                    )
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(_slice(opened[name], key, item.storage_offsets, item.lengths))
-                planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
-
-
-def _slice(file: Any, key: str, offsets: torch.Size, lengths: torch.Size) -> Tensor:
-    if not lengths:
-        found: Tensor = file.get_tensor(key)
-        return found
-    bounds = zip(offsets, lengths, strict=True)
-    part: Tensor = file.get_slice(key)[tuple(slice(start, start + n) for start, n in bounds)]
-    return part
-
-
-def _read_headers(directory: Path) -> Metadata:
-    tensors: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, tuple[str, str]] = {}
-    for name, key, size, offsets, part in _chunks(directory):
-        fqn = key.partition("[")[0]
-        known = tensors.setdefault(
-            fqn,
-            TensorStorageMetadata(TensorProperties(DTYPES[part.get_dtype()]), size, []),
-        )
-        known.chunks.append(ChunkStorageMetadata(offsets, torch.Size(part.get_shape())))
-        places[MetadataIndex(fqn, offsets)] = (name, key)
-    return Metadata(dict(tensors), storage_data=places)
-
-
-def _chunks(directory: Path) -> Iterator[tuple[str, str, torch.Size, torch.Size, Any]]:
-    """Of every stored tensor or part of one: file, key, size of the whole, offsets in it, and the slice to read."""
-    rank, num_ranks = 0, 1
-    while rank < num_ranks:
-        name = shard_file(rank)
-        with safe_open(directory / name, framework="pt") as file:
-            header = file.metadata() or {}
-            if RANKS not in header:
-                raise ValueError(f"{name} is no shard of a checkpoint")
-            num_ranks, sizes = int(header[RANKS]), json.loads(header[SIZES])
-            for key in file.keys():
-                part = file.get_slice(key)
-                size = torch.Size(sizes.get(key, part.get_shape()))
-                offsets = json.loads(key[key.index("[") :]) if key in sizes else [0] * len(size)
-                yield name, key, size, torch.Size(offsets), part
-        rank += 1
 
 
 def sync(path: Path) -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from actors.conductor.manifest import Manifest, checkpoint_dir, newest_manifest
 from actors.errors import BadCheckpoint, CheckpointNotWritten
 from actors.trainer import checkpoint, shard_files
 from actors.trainer.checkpoint import CheckpointWriter
 from actors.trainer.config import CheckpointConfig
-from actors.trainer.shard_files import Shards, shard_file
+from actors.trainer.shard_files import shard_file
 
 torch.set_num_threads(1)
 SPAWN = multiprocessing.get_context("spawn")
@@ -48,7 +48,7 @@ class Engine:
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         if "steps" not in state:
             raise ValueError("steps is missing")
-        self.loaded = state
+        self.loaded = dict(state)
 
 
 def commit(
@@ -200,23 +200,6 @@ def write_as_rank(rank: int, num_ranks: int, folder: str, shards: bool) -> None:
     dist.destroy_process_group()
 
 
-def read_as_rank(rank: int, num_ranks: int, folder: str) -> None:
-    join_ranks(rank, num_ranks, folder)
-    state = sharded(num_ranks)
-    for tensor in state.values():
-        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
-    Shards(checkpoint_dir(Path(folder), 1)).read_into(state)
-    for name, tensor in sharded(num_ranks).items():
-        found = state[name]
-        if isinstance(tensor, DTensor):
-            assert isinstance(found, DTensor)
-            assert torch.equal(found.to_local(), tensor.to_local()), name
-        else:
-            assert torch.equal(found, tensor), name
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def write_with_a_bad_rank(rank: int, num_ranks: int, folder: str) -> None:
     """Rank 1's disk is full."""
     join_ranks(rank, num_ranks, folder)
@@ -247,14 +230,17 @@ def run_ranks(num_ranks: int, work: Callable[..., None], folder: Path, *given: A
     assert [rank.exitcode for rank in ranks] == [0] * num_ranks
 
 
-def test_ranks_write_their_shards_and_another_number_of_ranks_reads_them(tmp_path: Path) -> None:
-    """Two ranks write; one process has the whole, bit for bit, and three ranks have each their own part."""
-    run_ranks(2, write_as_rank, tmp_path, True)
+@pytest.mark.parametrize("num_ranks", [2, 7])
+def test_ranks_write_their_shards_and_any_number_reads_the_whole(
+    tmp_path: Path, num_ranks: int
+) -> None:
+    """Bit for bit; also with rows for only five of seven ranks. A rank's file that is missing is missed."""
+    run_ranks(num_ranks, write_as_rank, tmp_path, True)
     directory = checkpoint_dir(tmp_path, 1)
-    sizes = [(directory / shard_file(rank)).stat().st_size for rank in range(2)]
-    assert min(sizes) > 0.5 * max(sizes), "each writes about half"
+    for rank in range(min(num_ranks, ROWS)):
+        keys = shard_files.safe_open(directory / shard_file(rank), "pt").keys()
+        assert any(key.startswith("model.weight[") for key in keys)
     assert_equal(load(tmp_path), make_state())
-    run_ranks(3, read_as_rank, tmp_path)
     (directory / shard_file(1)).unlink()
     with pytest.raises(BadCheckpoint, match=r"state-1\.safetensors"):
         load(tmp_path)
