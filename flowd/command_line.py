@@ -33,6 +33,7 @@ CTL_COMMANDS = (
     "trace",
     "cancel",
     "resume",
+    "export",
     "scale",
     "nodes",
     "devices",

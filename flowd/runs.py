@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,18 @@ def existing_run(paths: StatePaths, job: str) -> RunPaths:
     if job not in known:
         raise UnknownJob(unknown_job(job, known, where=f" in {paths.runs}"))
     return paths.run(job)
+
+
+def run_named(paths: StatePaths, name: str) -> RunPaths:
+    """The run of a job, or of a run directory (one with a job.toml; a path, not a bare word)."""
+    if os.sep not in name:
+        return existing_run(paths, name)
+    run = RunPaths(Path(name).expanduser().absolute())
+    if not run.job_toml.is_file():
+        raise RequestError(
+            f"{name} is no run directory: it has no job.toml; name a job, or a directory of {paths.runs}"
+        )
+    return run
 
 
 def unknown_job(job: str, known: list[str], where: str = "") -> str:

@@ -22,6 +22,7 @@ FLOWD_MAY_IMPORT = {
     "actors.job_config",
     "actors.conductor.ledger",
     "actors.conductor.manifest",
+    "actors.retention",
     "sim.registry",
     "sim.errors",
 }

@@ -1,0 +1,101 @@
+"""Writes the policy of a commit as a Hugging Face folder: `python -m actors.trainer.export`, a request on stdin.
+
+A program of its own, run with the trainer's interpreter: the command line loads no torch. Critic, moments and counters
+stay behind; weights are the trainer's masters, in their own dtype or converted to another.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+
+from actors.backends.hf_weights import ModelWeights
+from actors.conductor.manifest import FILE, checkpoint_dir, read_manifest
+from actors.job_config import JobConfig
+from actors.models.loading import build_model, save_pretrained_folder
+from actors.trainer.shard_files import Shards, sync
+
+POLICY = "model."
+CRITIC = "model.critic."
+
+
+class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What to export where.
+
+    folder: is made, with those above it, or is empty    dtype: a name of torch's; None is the masters' own
+    """
+
+    config: JobConfig
+    run_dir: str
+    step: int
+    folder: str
+    dtype: str | None = None
+
+
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
+    """What was exported."""
+
+    step: int
+    policy_version: int
+    folder: str
+    dtype: str
+    parameters: int
+    size_bytes: int
+
+
+def export(request: ExportRequest) -> Exported:
+    """Write the folder; it is there whole or not at all.
+
+    Raises BadCheckpoint, ManifestError, ValueError for a model that cannot be built, OSError of the disk.
+    """
+    directory = checkpoint_dir(Path(request.run_dir), request.step)
+    manifest = read_manifest(directory / FILE)
+    shards = Shards(directory)
+    names = [name for name in shards if name.startswith(POLICY) and not name.startswith(CRITIC)]
+    masters = {name.removeprefix(POLICY): shards[name] for name in names}
+    dtype = (
+        next(iter(masters.values())).dtype
+        if request.dtype is None
+        else getattr(torch, request.dtype)
+    )
+    model, tokenizer = build_model(request.config.model, seed=request.config.job.seed, dtype=dtype)
+    ModelWeights(model, torch.device("cpu")).load(masters)
+    folder = Path(request.folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        save_pretrained_folder(model, tokenizer, partial)
+        files = sorted(partial.iterdir())
+        for path in (*files, partial):
+            sync(path)
+        size_bytes = sum(path.stat().st_size for path in files)
+        os.rename(partial, folder)  # replaces an empty folder, refuses another
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(
+        step=manifest.step,
+        policy_version=manifest.policy_version,
+        folder=str(folder),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        size_bytes=size_bytes,
+    )
+
+
+def main() -> int:
+    """Carry out the request on stdin; the result, JSON too, on stdout, or one sentence on stderr."""
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=ExportRequest)
+    try:
+        exported = export(request)
+    except Exception as error:  # the outermost line: whoever asked tells the user
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    sys.stdout.buffer.write(msgspec.json.encode(exported) + b"\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
