@@ -15,9 +15,9 @@ ACTORS = {
 PEERS: dict[str, frozenset[str]] = {
     "conductor": frozenset({"env", "rollout", "inference", "trainer"}),
     "env": frozenset({"conductor", "rollout", "inference", "trainer"}),
-    "rollout": frozenset({"conductor", "env"}),
+    "rollout": frozenset({"conductor", "env", "trainer"}),
     "inference": frozenset({"conductor", "env", "trainer"}),
-    "trainer": frozenset({"conductor", "env", "inference", "trainer"}),
+    "trainer": frozenset({"conductor", "env", "rollout", "inference", "trainer"}),
 }
 
 

@@ -93,7 +93,7 @@ class CommitAndPause(Message, frozen=True, tag="commit_and_pause"):
 
 class RankCommand(Message, frozen=True, tag="rank_command"):
     """Leader to the other ranks of a trainer: "begin", "accumulate" (payload: groups), "finish", "publish" (payload:
-    the file that its parts of the weights go into), "commit", "park"."""
+    the file that its parts of the weights go into), "offer" (them on its GPU), "commit", "park"."""
 
     command: str
     run_attempt: int

@@ -105,6 +105,17 @@ class GenerationEngine(Protocol):
         """
         ...
 
+    def weights_in_place(self) -> "Mapping[str, torch.Tensor]":
+        """The tensors that it computes with, by name, for whoever writes new weights into them between two steps.
+
+        They are others after `offload` and `onload`. Empty where the engine has none that can be written so.
+        """
+        ...
+
+    def weights_replaced(self, version: int) -> None:
+        """All of them have been written: as after `load_weights`."""
+        ...
+
     def offload(self) -> None:
         """Give up device memory (KV cache dropped, weights to host). Only with no running sequence."""
         ...

@@ -192,6 +192,19 @@ class HFGenerationEngine:
             self._weights.apply(weights)
         else:
             self._weights.load(weights)
+        self._adopted(version)
+
+    def weights_in_place(self) -> Mapping[str, Tensor]:
+        """The parameters by their Hugging Face names, tied ones once."""
+        return self._weights.in_place()
+
+    @torch.inference_mode()
+    def weights_replaced(self, version: int) -> None:
+        """The parameters were written from outside: as after `load_weights`."""
+        self._weights.replaced()
+        self._adopted(version)
+
+    def _adopted(self, version: int) -> None:
         self._version = version
         self._lane.forget_prefixes()
         self._batch_lane.forget_prefixes()

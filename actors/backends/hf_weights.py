@@ -77,6 +77,20 @@ class ModelWeights:
         with torch.no_grad():
             delta.apply({name: parameters[name].data for name in self._names})
 
+    def in_place(self) -> dict[str, Tensor]:
+        """What versions can be written into on the device, tied ones by the first of their names."""
+        if not self.resident:
+            return {}
+        first: dict[int, str] = {}
+        named = self._named()
+        for name, tensor in named.items():
+            first.setdefault(id(tensor), name)
+        return {name: named[name].data for name in first.values()}
+
+    def replaced(self) -> None:
+        """All of `in_place` was written."""
+        self._names = list(self.in_place())
+
     def offload(self) -> None:
         """Move a GPU's weights to the host. On CPU they stay, for device and host are one."""
         self.resident = False

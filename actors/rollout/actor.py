@@ -4,19 +4,24 @@ It holds requests (a turn of a group each, see actors/env/actor.py), feeds them 
 acknowledges each with its actions. It keeps nothing that another rollout actor could not make again: asked to leave, or
 parked in mid-generation, it stops its sequences and keeps or hands back the tokens that they have.
 
+New weights come from the trainer's GPUs where both sides are on GPUs of one node, else from the node's host copy.
+
 A request says which version it may be sampled with: `exact` (that version and no other; older versions are still in the
 node's host copy), or at least `version`. When weights are swapped is [rollout] adopt: between turns, or in
 mid-generation.
 """
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import actors.wire  # noqa: F401  registers the payload types
+from actors import devices
 from actors.actor import Actor
 from actors.episodes import Action
 from actors.rollout.array_sampler import ArraySampler
+from actors.rollout.device_weights import DeviceWeights
 from actors.rollout.text_sampler import TextSampler
 from actors.rollout.work import Sampler, Work
 from channels.channel import Item
@@ -24,6 +29,12 @@ from channels.errors import VersionGone, WeightsMismatch
 from channels.lifecycle import Introduce
 from channels.messages import Message
 from channels.weights import WeightsDirectory, WeightsPublished
+from channels.weights.device_messages import (
+    CUDA_IPC,
+    DeviceWeightsRefused,
+    DeviceWeightsWelcome,
+    WeightsBucket,
+)
 from channels.work import StageTimes
 
 NOTHING = (-1, -1)  # no version is loaded
@@ -43,6 +54,11 @@ class RolloutActor(Actor):
         self.finished: list[tuple[Work, list[Action | None]]] = []  # to be acknowledged
         self.order = 0
         self.newest: WeightsPublished | None = None
+        self.on_host = NOTHING  # the newest version that the node's host copy has
+        self.on_device: WeightsPublished | None = None  # the version that the trainer's GPUs have
+        self.device_weights: DeviceWeights | None = None
+        if devices.on_gpu(self.spec):
+            self.device_weights = DeviceWeights(self.endpoint, partial(devices.gpu_of, self.spec))
         self.loaded = NOTHING  # (run attempt, version)
         self.gone: set[tuple[int, int]] = set()  # versions that the node no longer has
         self.wake = asyncio.Event()
@@ -83,31 +99,43 @@ class RolloutActor(Actor):
         return self.sampler.memory_bytes()
 
     def on_peer(self, peer: Introduce) -> None:
-        """Env actors send requests."""
+        """Env actors send requests; a trainer is told that weights may come from its GPUs."""
         if peer.kind == "env":
             self.requests.add_producer(peer.peer)
+        elif peer.kind == "trainer" and self.device_weights and not self.device_weights.useless:
+            self.endpoint.send(peer.peer, DeviceWeightsWelcome())
 
     def on_peer_lost(self, peer: Introduce) -> None:
         """Requests of a dead env actor are void."""
         if peer.kind == "env":
             self.requests.remove_producer(peer.peer)
             self.wake.set()
+        elif peer.kind == "trainer":
+            self.on_device = None
+            if self.device_weights is not None:
+                self.device_weights.peer_gone(peer.peer)
 
     def on_message(self, sender: str, message: Message, payload: Any) -> None:
         """New weights can be loaded."""
         if isinstance(message, WeightsPublished):
-            key = (message.run_attempt, message.policy_version)
-            if self.newest is None or key > (
-                self.newest.run_attempt,
-                self.newest.policy_version,
-            ):
-                self.newest = message
-                if not self.config.job.steps:
-                    self.loaded = (
-                        key  # nothing is trained: these are the weights that the model has
-                    )
-                self.wake.set()
-                self.endpoint.send(sender, StageTimes(seconds=self.time.seconds()))
+            self._published(sender, message)
+        elif isinstance(message, WeightsBucket | DeviceWeightsRefused) and self.device_weights:
+            self.device_weights.received(sender, message)
+
+    def _published(self, sender: str, message: WeightsPublished) -> None:
+        """A version is on the trainer's GPUs, or in the host copy: as a rule first the one and then the other."""
+        if message.variant != CUDA_IPC:
+            self.on_host = max(self.on_host, message.version)
+        elif self.device_weights is None or self.device_weights.useless:
+            return  # the host copy will have it
+        else:
+            self.on_device = message
+        if self.newest is None or message.version > self.newest.version:
+            self.newest = message
+            if not self.config.job.steps:
+                self.loaded = message.version  # nothing is trained: it is what the model has
+            self.endpoint.send(sender, StageTimes(seconds=self.time.seconds()))
+        self.wake.set()
 
     def report(self) -> dict[str, Any]:
         """Time shares, and the version in use."""
@@ -133,7 +161,8 @@ class RolloutActor(Actor):
             self._drop_cancelled()
             version = self._version_to_load()
             admissible = self._admissible(version or self.loaded)
-            if version is None and not admissible and not self.sampler.running:
+            nothing_to_do = not admissible and not self.sampler.running
+            if version is None and (nothing_to_do or self.loaded == NOTHING):
                 self.lease.idle()
                 with self.time.measure("wait_weights" if self.pending else "wait_requests"):
                     await self.wake.wait()
@@ -164,17 +193,42 @@ class RolloutActor(Actor):
         if not self.sampler.has_device or self.offloaded:
             await self.compute("onload", self.sampler.take_device)
             self.offloaded = False
-        if version is not None:
-            try:
-                await self.compute("load_weights", self._load, version)
-            except VersionGone:
-                # The job is past it: whoever asks for it withdraws. A newer one is on its way here.
-                self.log.warning("weights are gone run_attempt=%d version=%d", *version)
-                self.gone.add(version)
-                return
+        if version is not None and not await self._load_version(version):
+            return
         await self.compute("generate", self._advance, self._admissible(self.loaded))
         self.lease.check_memory(self.sampler.memory_bytes())
         self._deliver()
+
+    async def _load_version(self, version: tuple[int, int]) -> bool:
+        """Swap, between two forward passes. Returns whether there is a version to compute with."""
+        offered = self.on_device
+        if offered is not None and offered.version == version:
+            if await self._load_from_device(version, offered.ranks):
+                return True
+            if version > self.on_host:
+                return False  # it will be, soon; then it is loaded from there
+        try:
+            await self.compute("load_weights", self._load, version)
+        except VersionGone:
+            # The job is past it: whoever asks for it withdraws. A newer one is on its way here.
+            self.log.warning("weights are gone run_attempt=%d version=%d", *version)
+            self.gone.add(version)
+            return False
+        return True
+
+    async def _load_from_device(self, version: tuple[int, int], num_ranks: int) -> bool:
+        ranks = [peer.peer for peer in self.peers_of("trainer")]
+        tensors = self.sampler.weights_in_place()
+        self.on_device = None  # asked for once
+        if self.device_weights is None or len(ranks) != num_ranks or not tensors:
+            return False
+        self.loaded = NOTHING  # while it arrives, and if it does not
+        work = partial(self.compute, "load_weights")
+        if not await self.device_weights.load(version, ranks, tensors, work):
+            return False
+        self.sampler.weights_replaced(version[1])
+        self.loaded = version
+        return True
 
     def _deliver(self) -> None:
         finished, self.finished = self.finished, []
@@ -185,6 +239,11 @@ class RolloutActor(Actor):
 
     def _version_to_load(self) -> tuple[int, int] | None:
         """The version to swap to now, or None to go on with the loaded one."""
+        found = self._version_wanted()
+        offered = None if self.on_device is None else self.on_device.version
+        return found if found is None or found <= self.on_host or found == offered else None
+
+    def _version_wanted(self) -> tuple[int, int] | None:
         if self.newest is None:
             return None
         attempt, newest = self.newest.run_attempt, self.newest.policy_version

@@ -65,6 +65,13 @@ class ArraySampler:
             self._weights.apply(weights)
         self._version = version
 
+    def weights_in_place(self) -> "Mapping[str, torch.Tensor]":
+        return self._weights.in_place()
+
+    def weights_replaced(self, version: int) -> None:
+        self._weights.replaced()
+        self._version = version
+
     def advance(self, admissible: Sequence[Work], interrupted: Callable[[], bool]) -> Advanced:
         batch: list[Work] = []
         size = 0

@@ -108,6 +108,13 @@ class TextSampler:
         assert self.engine is not None
         self.engine.load_weights(version, weights)
 
+    def weights_in_place(self) -> "Mapping[str, torch.Tensor]":
+        return {} if self.engine is None else self.engine.weights_in_place()
+
+    def weights_replaced(self, version: int) -> None:
+        assert self.engine is not None
+        self.engine.weights_replaced(version)
+
     def advance(self, admissible: Sequence[Work], interrupted: Callable[[], bool]) -> Advanced:
         assert self.engine is not None
         waiting = deque(admissible)

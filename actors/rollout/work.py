@@ -79,6 +79,14 @@ class Sampler(Protocol):
         """Replace the weights. Raises WeightsMismatch for a delta that does not fit: load others then."""
         ...
 
+    def weights_in_place(self) -> "Mapping[str, torch.Tensor]":
+        """See `GenerationEngine.weights_in_place`."""
+        ...
+
+    def weights_replaced(self, version: int) -> None:
+        """See `GenerationEngine.weights_replaced`."""
+        ...
+
     def advance(self, admissible: Sequence[Work], interrupted: Callable[[], bool]) -> Advanced:
         """Start what fits, in order, and work until a request is finished, `interrupted`, or the time slice is over."""
         ...

@@ -14,10 +14,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import actors.wire  # noqa: F401  registers the payload types
+from actors import devices
 from actors.actor import Actor
 from actors.backends.contract import TrainingEngine, policy_of
 from actors.backends.reference_file import save_reference
@@ -27,10 +29,17 @@ from actors.json_lines import line_of
 from actors.samples import sample_lines
 from actors.trainer import checkpoint
 from actors.trainer.commits import Commits
+from actors.trainer.device_weights import DeviceWeights
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.messages import Message
 from channels.weights import Publication, WeightsDirectory, WeightsPublished
+from channels.weights.device_messages import (
+    CUDA_IPC,
+    DeviceWeightsAsked,
+    DeviceWeightsWelcome,
+    WeightsBucketTaken,
+)
 from channels.weights.sharded import ShardWriter, outline
 from channels.work import (
     Admit,
@@ -66,6 +75,16 @@ class TrainerActor(Actor):
             variant=self.config.trainer.weights,
         )
         self.parts = ShardWriter(self.spec.rank, self.spec.num_ranks)
+        self.device_weights: DeviceWeights | None = None
+        if devices.on_gpu(self.spec):
+            self.device_weights = DeviceWeights(
+                self.endpoint,
+                partial(devices.gpu_of, self.spec),
+                dtype=self.config.rollout.dtype,
+                rank=self.spec.rank,
+                num_ranks=self.spec.num_ranks,
+            )
+        self.on_gpus: set[str] = set()  # rollout actors that can take weights from this one's GPUs
         self.commands: asyncio.Queue[Command] = asyncio.Queue()
         self.rank_commands: asyncio.Queue[tuple[RankCommand, Any]] = asyncio.Queue()
         self.replies: dict[tuple[str, int], asyncio.Future[None]] = {}
@@ -123,11 +142,14 @@ class TrainerActor(Actor):
             self._tell(TrainerReady(epoch=self.spec.epoch, step=self.step, run_attempt=attempt))
         elif peer.kind == self.config.source_of_groups:
             self.groups.add_producer(peer.peer)
-        elif len(self.peers_of("trainer")) == self.spec.num_ranks - 1:
+        elif peer.kind == "trainer" and len(self.peers_of("trainer")) == self.spec.num_ranks - 1:
             self.all_ranks.set()
 
     def on_peer_lost(self, peer: Introduce) -> None:
         """What a dead env or inference actor had delivered stays."""
+        self.on_gpus.discard(peer.peer)
+        if peer.kind == "rollout" and self.device_weights is not None:
+            self.device_weights.peer_gone(peer.peer)
         if self.leader and peer.kind == self.config.source_of_groups:
             self.groups.remove_producer(peer.peer)
         elif self.conductor is not None and peer.peer == self.conductor.peer:
@@ -145,6 +167,10 @@ class TrainerActor(Actor):
                 self.pool.pop((message.group, message.attempt), None)
             case RankCommand():
                 self.rank_commands.put_nowait((message, payload))
+            case DeviceWeightsWelcome():
+                self.on_gpus.add(sender)
+            case DeviceWeightsAsked() | WeightsBucketTaken() if self.device_weights is not None:
+                self.device_weights.received(sender, message)
             case RankReply():
                 waiting = self.replies.pop((message.command, message.rank), None)
                 if waiting is not None and not waiting.done():
@@ -156,6 +182,7 @@ class TrainerActor(Actor):
             await self.all_ranks.wait()
             for rank in range(1, self.spec.num_ranks):
                 self._tell_rank(rank, "park")
+        await self._withdraw()
         if self.engine is None:
             return 0
         if offload:
@@ -272,7 +299,7 @@ class TrainerActor(Actor):
                 batch, tokens = [], 0
         self.admitted.pop(self.step)
         # One stay on the device: an offload between the gradients and the update would forget the gradients.
-        published: WeightsPublished | None = None
+        variant: str | None = None
         async with self._on_device():
             await self._accumulate(batch if self.accumulated else groups)
             metrics = await self._finish_step(groups)
@@ -281,9 +308,8 @@ class TrainerActor(Actor):
             if finite:
                 self.trained.extend(group.group for group in groups)
                 publishing = time.monotonic()
-                published = await self._publish()
+                variant, metrics["weights_bytes"] = await self._publish()
                 metrics["seconds_publish"] = round(time.monotonic() - publishing, 4)
-                metrics["weights_bytes"] = published.variant_bytes
         if not finite:
             self.paused = (
                 True  # the conductor ends the job; such weights are neither published nor committed
@@ -297,7 +323,7 @@ class TrainerActor(Actor):
                 step=self.step - 1,
                 policy_version=self.step,
                 metrics=metrics,
-                weights_variant=None if published is None else published.variant,
+                weights_variant=variant,
             )
         )
         self.delivered()
@@ -323,12 +349,55 @@ class TrainerActor(Actor):
     async def _finish_step(self, groups: list[Group]) -> dict[str, float]:
         assert self.engine is not None
         ranks = self._command_ranks("finish")
+        await self._withdraw()
         metrics = await self.compute("update", self.engine.finish_step)
         await ranks
         self.lease.check_memory(self.engine.memory_bytes())
         return metrics
 
-    async def _publish(self) -> WeightsPublished:
+    async def _publish(self) -> tuple[str, int]:
+        """Show the version that the engine has; returns how, and the bytes that a receiver gets which has the last one.
+
+        First on the GPUs, where receivers can reach them, for they are waiting; then in the node's host copy, which
+        serves all others: who joins late or comes back to an older version, also when the trainer is parked or dead.
+        """
+        offered = await self._offer()
+        published = await self._publish_on_host()
+        if offered is not None:
+            return offered.variant, offered.variant_bytes
+        return published.variant, published.variant_bytes
+
+    async def _offer(self) -> WeightsPublished | None:
+        """On the GPUs of all ranks, until the next update. Stages that take turns on them have no use for it."""
+        if not self.on_gpus or self.lease.shared or not self._has_offers:
+            return None
+        ranks = self._command_ranks("offer")
+        size_bytes = await self.compute("publish", self._offer_parts)
+        await ranks
+        if not self._has_offers:
+            return None
+        published = WeightsPublished(
+            run_attempt=self.run_attempt,
+            policy_version=self.step,
+            path="",
+            size_bytes=size_bytes,
+            variant=CUDA_IPC,
+            variant_bytes=size_bytes,
+            ranks=self.spec.num_ranks,
+        )
+        self._tell(published)
+        return published
+
+    @property
+    def _has_offers(self) -> bool:
+        return self.device_weights is not None and not self.device_weights.useless
+
+    async def _withdraw(self) -> None:
+        """The weights are about to change, or to leave the device."""
+        if self.device_weights is not None:
+            await self.device_weights.withdraw()
+
+    async def _publish_on_host(self) -> WeightsPublished:
         """Every rank writes its parts into one file, which is shown when all have."""
         publication, tensors = await self.compute("publish", self._begin_publication)
         try:
@@ -421,13 +490,18 @@ class TrainerActor(Actor):
                 assert self.engine is not None
                 match command.command:
                     case "begin":
+                        await self._withdraw()
                         await self.compute("load", self._load_commit)
                     case "accumulate":
                         begin, groups = payload
                         await self.compute("accumulate", self._accumulate_now, groups, begin)
                     case "finish":
+                        await self._withdraw()
                         await self.compute("update", self.engine.finish_step)
                         self.delivered()
+                    case "offer":
+                        self.run_attempt, self.step = command.run_attempt, command.step
+                        await self.compute("publish", self._offer_parts)
                     case "publish":
                         await self.compute("publish", self._write_parts, Path(payload))
                     case "commit":
@@ -445,10 +519,12 @@ class TrainerActor(Actor):
         self.commits.start(self.tasks, self.commits.write())
 
     def close(self) -> None:
-        """Also the thread that writes commits."""
+        """Also the threads that write commits and send weights."""
         super().close()
         if self.commits is not None:
             self.commits.close()
+        if self.device_weights is not None:
+            self.device_weights.close()
 
     def _on_device(self) -> "_OnDevice":
         return _OnDevice(self)
@@ -519,6 +595,15 @@ class TrainerActor(Actor):
         tensors = dict(self.engine.weights())
         made = outline(tensors, self.config.rollout.dtype)
         return self.weights.begin(self.run_attempt, self.step, made), tensors
+
+    def _offer_parts(self) -> int:
+        """Offer this rank's parts on its GPU; returns the bytes of the whole version."""
+        assert self.engine is not None
+        tensors = dict(self.engine.weights())
+        made = outline(tensors, self.config.rollout.dtype)
+        if self.device_weights is not None:
+            self.device_weights.offer((self.run_attempt, self.step), tensors)
+        return sum(tensor.nbytes for tensor in made.values())
 
     def _write_parts(self, path: Path) -> None:
         assert self.engine is not None

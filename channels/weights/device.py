@@ -1,14 +1,16 @@
 """Weights from a trainer's GPU straight into those of rollout replicas on the same node.
 
-    publisher = DevicePublisher(CudaDevice(), send)            # the trainer
-    publisher.publish(run_attempt, version, model_tensors)     # in its worker thread
+    publisher = DevicePublisher(CudaDevice(), send)            # a rank of the trainer
+    publisher.publish(run_attempt, version, model_tensors)     # in a thread
     receiver = DeviceReceiver(CudaDevice(), own_tensors)       # a rollout replica
     complete = receiver.take(bucket)                           # in its worker thread; then acknowledge
 
 Contract:
 * The publisher has one pool of device memory, made once and used again for every version; no tensor of a model is ever
-  exported. Tensors are laid one after the other, in pieces, into the pool's buckets. While receivers copy one bucket
-  out, the next one is filled.
+  exported. Tensors are laid one after the other, in pieces, into the pool's buckets, converted to the dtype that is
+  published. While receivers copy one bucket out, the next one is filled.
+* Of a trainer of several ranks each has a publisher of its own, for its shards (`channels.weights.sharded`), and a
+  receiver puts together what comes from all of them. Nothing is gathered on any rank.
 * A bucket says where it lies (handle, UUID of the GPU, bytes) and what is in it. It has been written completely when it
   is sent. Receivers copy from it into tensors of their own, on the same GPU or from another one over NVLink or PCIe,
   and acknowledge when the copy is done; only then is it written again.
@@ -20,17 +22,18 @@ Contract:
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
-import msgspec
 import torch
 from torch import Tensor
 
 from channels.errors import BadFrame, ChannelError, WeightsMismatch
-from channels.messages import Message
 from channels.tensors.devices import HANDLE_BYTES, Device
 from channels.tensors.errors import DeviceError, DeviceUnreachable
+from channels.weights.device_messages import Piece, WeightsBucket, WeightsBucketTaken
+from channels.weights.sharded import Outline, Parts, outline
+from channels.weights.shards import Box, intersect, numel, whole, within
 from channels.weights.versions import VersionName
 
 BUCKET_BYTES = 256 * 1024 * 1024
@@ -39,62 +42,27 @@ ALIGNMENT_BYTES = 256  # of a piece: a multiple of every element size
 TIMEOUT_S = 30.0  # for a bucket to be taken
 
 
-class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """Some bytes of a tensor, in a bucket."""
-
-    name: str
-    dtype: str  # as in "bfloat16"
-    shape: tuple[int, ...]  # of the whole tensor
-    start: int  # in the tensor, bytes
-    offset: int  # in the pool, bytes
-    size_bytes: int
-
-
-class WeightsBucket(Message, frozen=True, tag="weights_bucket"):
-    """Publisher to receiver: these bytes of a version can be copied. In order, acknowledged by WeightsBucketTaken."""
-
-    run_attempt: int
-    policy_version: int
-    index: int  # in the version, from 0
-    last: bool  # the version is complete with it
-    sequence: int  # of all that the publisher sends
-    device_uuid: str
-    handle: bytes  # of the pool
-    pool_bytes: int
-    pieces: tuple[Piece, ...]
-
-    def taken(self) -> "WeightsBucketTaken":
-        """The acknowledgement: this receiver will not read the bucket any more."""
-        return WeightsBucketTaken(sequence=self.sequence)
-
-
-class WeightsBucketTaken(Message, frozen=True, tag="weights_bucket_taken"):
-    """Receiver to publisher: a bucket may be written again, as far as it is concerned."""
-
-    sequence: int
-
-
 class Cut(NamedTuple):
     """A piece before its bucket has a place."""
 
-    name: str
+    of: Hashable
     start: int
     offset: int  # in the bucket
     size_bytes: int
 
 
-def cut(sizes: Mapping[str, int], bucket_bytes: int) -> list[list[Cut]]:
-    """Lay tensors of so many bytes into buckets, one after the other; one that does not fit goes on in the next."""
+def cut(sizes: Mapping[Any, int], bucket_bytes: int) -> list[list[Cut]]:
+    """Lay parts of so many bytes into buckets, one after the other; one that does not fit goes on in the next."""
     buckets: list[list[Cut]] = [[]]
     offset = 0
-    for name, size_bytes in sizes.items():
+    for part, size_bytes in sizes.items():
         start = 0
         while start < size_bytes:
             if offset >= bucket_bytes:
                 buckets.append([])
                 offset = 0
             taken = min(size_bytes - start, bucket_bytes - offset)
-            buckets[-1].append(Cut(name, start, offset, taken))
+            buckets[-1].append(Cut(part, start, offset, taken))
             start += taken
             offset += -(-taken // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return buckets
@@ -104,6 +72,7 @@ class DevicePublisher:
     """The trainer's end; see the module docstring. `publish` blocks; the rest may be called from another thread.
 
     send: called with a receiver's name in the thread of `publish`    bucket_bytes: the pool has NUM_BUCKETS of them
+    dtype: of floating tensors that is published, None for that of each    rank: of the trainer's num_ranks
     """
 
     def __init__(
@@ -111,6 +80,10 @@ class DevicePublisher:
         device: Device,
         send: Callable[[str, WeightsBucket], None],
         bucket_bytes: int = BUCKET_BYTES,
+        *,
+        dtype: str | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         if bucket_bytes <= 0 or bucket_bytes % ALIGNMENT_BYTES:
             raise ValueError(
@@ -118,6 +91,8 @@ class DevicePublisher:
             )
         self._device = device
         self._send = send
+        self._dtype = dtype
+        self._parts = Parts(rank, num_ranks)
         self._bucket_bytes = bucket_bytes
         self._pool_bytes = NUM_BUCKETS * bucket_bytes
         self._address = device.allocate(self._pool_bytes)
@@ -138,6 +113,16 @@ class DevicePublisher:
             self._untaken.pop(name, None)
             self._changed.notify_all()
 
+    def receivers(self) -> list[str]:
+        """Those that were added."""
+        with self._changed:
+            return list(self._untaken)
+
+    def reading(self) -> list[str]:
+        """Those that may be reading a bucket."""
+        with self._changed:
+            return [name for name, untaken in self._untaken.items() if untaken]
+
     def taken(self, name: str, message: WeightsBucketTaken) -> None:
         """A receiver acknowledged."""
         with self._changed:
@@ -153,39 +138,34 @@ class DevicePublisher:
     ) -> list[str]:
         """Bring a version to all receivers; returns the names of those that have it now.
 
-        tensors: (name, tensor) pairs on this device, in any layout. Raises ChannelError naming the receivers that do
-        not acknowledge a bucket in time.
+        tensors: (name, tensor) pairs on this device, in any layout, or DTensors. Raises ChannelError naming the
+        receivers that do not acknowledge a bucket in time.
         """
-        given = {name: tensor.detach().contiguous() for name, tensor in tensors}
-        flat = {name: tensor.view(-1).view(torch.uint8) for name, tensor in given.items()}
-        buckets = cut({name: raw.numel() for name, raw in flat.items()}, self._bucket_bytes)
-        with self._changed:
-            receivers = list(self._untaken)
+        given = dict(tensors)
+        made = outline(given, self._dtype)
+        parts = {
+            (name, box): part for name, box, part in self._parts.of(given)
+        }  # views: nothing is copied
+        sizes = {key: part.numel() * made[key[0]].dtype.itemsize for key, part in parts.items()}
+        buckets = cut(sizes, self._bucket_bytes)
+        receivers = self.receivers()
         for index, cuts in enumerate(buckets):
             # Both counts go on from version to version, so a place is never written while it may be read.
             self._wait_taken(self._sequence - NUM_BUCKETS, timeout_s)
             base = self._sequence % NUM_BUCKETS * self._bucket_bytes
-            self._gather(cuts, flat, base)
+            self._gather(cuts, parts, made, base)
             bucket = WeightsBucket(
                 run_attempt=run_attempt,
                 policy_version=version,
+                rank=self._parts.rank,
+                num_ranks=self._parts.num_ranks,
                 index=index,
                 last=index == len(buckets) - 1,
                 sequence=self._sequence,
                 device_uuid=self._device.uuid,
                 handle=self._handle,
                 pool_bytes=self._pool_bytes,
-                pieces=tuple(
-                    Piece(
-                        name=piece.name,
-                        dtype=_name_of(given[piece.name].dtype),
-                        shape=tuple(given[piece.name].shape),
-                        start=piece.start,
-                        offset=base + piece.offset,
-                        size_bytes=piece.size_bytes,
-                    )
-                    for piece in cuts
-                ),
+                pieces=tuple(_piece(one, made, base) for one in cuts),
             )
             self._sequence += 1
             with self._changed:
@@ -203,11 +183,22 @@ class DevicePublisher:
         del self._pool
         self._device.free(self._address)
 
-    def _gather(self, cuts: list[Cut], flat: Mapping[str, Tensor], base: int) -> None:
+    def _gather(
+        self,
+        cuts: list[Cut],
+        parts: Mapping[Any, Tensor],
+        made: Mapping[str, Outline],
+        base: int,
+    ) -> None:
         """Fill a bucket, and see that it is written: a handle says nothing about the stream behind it."""
         for piece in cuts:
-            place = self._pool[base + piece.offset : base + piece.offset + piece.size_bytes]
-            place.copy_(flat[piece.name][piece.start : piece.start + piece.size_bytes])
+            name, _ = key = cast(tuple[str, Box], piece.of)
+            dtype = made[name].dtype
+            first = base + piece.offset
+            place = self._pool[first : first + piece.size_bytes].view(dtype)
+            # Pieces begin and end at whole elements: places are aligned for every dtype.
+            begin = piece.start // dtype.itemsize
+            place.copy_(parts[key].reshape(-1)[begin : begin + place.numel()])
         _finish(self._device)
 
     def _wait_taken(self, sequence: int, timeout_s: float) -> None:
@@ -241,7 +232,11 @@ class DeviceReceiver:
             name: tensor.detach().view(-1).view(torch.uint8) for name, tensor in tensors.items()
         }
         self._pools: dict[bytes, tuple[int, int]] = {}  # by handle: address here, and size
-        self._arriving: tuple[VersionName, int] | None = None  # and the index that comes next
+        self._version: VersionName | None = None  # that arrives
+        self._next: dict[
+            int, int | None
+        ] = {}  # by rank: the bucket that comes next, None after the last
+        self._staged: dict[tuple[str, Box], Tensor] = {}  # parts that do not lie in one piece here
         self._missing: dict[str, int] = {}  # bytes, of the version that arrives
         self.held: VersionName | None = None
 
@@ -253,27 +248,24 @@ class DeviceReceiver:
         acknowledged all the same, and the host copy to be loaded.
         """
         version = (bucket.run_attempt, bucket.policy_version)
-        expected, self._arriving, self.held = self._arriving, None, None
-        if bucket.index == 0:
-            self._missing = {name: raw.numel() for name, raw in self._flat.items()}
-        elif expected != (version, bucket.index):
+        self.held = None
+        if version != self._version or self._next.get(bucket.rank) is None:
+            self._begin(version, bucket)
+        expected = self._next.get(bucket.rank)
+        if bucket.index != expected:
+            self._version = None
             raise WeightsMismatch(
                 f"bucket {bucket.index} of version {version} came where {expected} was expected"
             )
-        address = self._map(bucket)
-        for piece in bucket.pieces:
-            self._check(piece, bucket.pool_bytes)
         try:
-            for piece in bucket.pieces:
-                end = piece.start + piece.size_bytes
-                target = self._flat[piece.name][piece.start : end]
-                self._device.copy(target, address + piece.offset)
-                self._missing[piece.name] -= piece.size_bytes
-        finally:
-            _finish(self._device)  # nothing reads the bucket when it is acknowledged
-        if not bucket.last:
-            self._arriving = (version, bucket.index + 1)
+            self._copy(bucket)
+        except BaseException:
+            self._version = None
+            raise
+        self._next[bucket.rank] = None if bucket.last else bucket.index + 1
+        if any(following is not None for following in self._next.values()):
             return False
+        self._version = None
         lacking = [name for name, size_bytes in self._missing.items() if size_bytes]
         if lacking:
             raise WeightsMismatch(
@@ -283,9 +275,48 @@ class DeviceReceiver:
         self.held = version
         return True
 
+    def _begin(self, version: VersionName, bucket: WeightsBucket) -> None:
+        """The first bucket of a version is here, of whichever rank."""
+        if bucket.index:
+            self._version, self._next = None, {}
+            return
+        self._version = version
+        self._next = dict.fromkeys(range(bucket.num_ranks), 0)
+        self._staged = {}
+        self._missing = {name: raw.numel() for name, raw in self._flat.items()}
+
+    def _copy(self, bucket: WeightsBucket) -> None:
+        address = self._map(bucket)
+        for piece in bucket.pieces:
+            self._check(piece, bucket.pool_bytes)
+        try:
+            for piece in bucket.pieces:
+                raw = self._place(piece)[piece.start : piece.start + piece.size_bytes]
+                self._device.copy(raw, address + piece.offset)
+                self._missing[piece.name] -= piece.size_bytes
+                staged = self._staged.get((piece.name, piece.box))
+                if staged is not None and piece.start + piece.size_bytes == staged.nbytes:
+                    tensor = self._tensors[piece.name]
+                    there = tensor[within(piece.box, whole(tensor.shape))]
+                    there.copy_(staged.view(tensor.dtype).view(there.shape))
+                    del self._staged[piece.name, piece.box]
+        finally:
+            _finish(self._device)  # nothing reads the bucket when it is acknowledged
+
+    def _place(self, piece: Piece) -> Tensor:
+        """Where the part lies, flat: in its tensor, or for a while beside it."""
+        tensor = self._tensors[piece.name]
+        there = tensor[within(piece.box, whole(tensor.shape))]
+        if there.is_contiguous():
+            return there.detach().view(-1).view(torch.uint8)
+        return self._staged.setdefault(
+            (piece.name, piece.box),
+            torch.empty(there.nbytes, dtype=torch.uint8, device=tensor.device),
+        )
+
     def close(self) -> None:
         """Close the mappings of all pools, as when a publisher has ended. New buckets map theirs again."""
-        self._arriving = None
+        self._version = None
         pools, self._pools = self._pools, {}
         for address, _ in pools.values():
             self._device.close(address)
@@ -318,9 +349,25 @@ class DeviceReceiver:
                 "publisher: let it publish what the receiver computes in"
             )
         in_pool = 0 <= piece.offset <= piece.offset + piece.size_bytes <= pool_bytes
-        in_tensor = 0 <= piece.start <= piece.start + piece.size_bytes <= tensor.nbytes
-        if not in_pool or not in_tensor:
+        all_of_it = whole(tensor.shape)
+        is_part = len(piece.box) == len(all_of_it) and intersect(piece.box, all_of_it) == piece.box
+        part_bytes = numel(piece.box) * tensor.element_size() if is_part else 0
+        in_part = 0 <= piece.start <= piece.start + piece.size_bytes <= part_bytes
+        if not in_pool or not in_part:
             raise BadFrame(f"a piece of {piece.name} lies outside its pool or tensor: {piece}")
+
+
+def _piece(one: Cut, made: Mapping[str, Outline], base: int) -> Piece:
+    name, box = cast(tuple[str, Box], one.of)
+    return Piece(
+        name=name,
+        dtype=_name_of(made[name].dtype),
+        shape=made[name].shape,
+        box=box,
+        start=one.start,
+        offset=base + one.offset,
+        size_bytes=one.size_bytes,
+    )
 
 
 def _finish(device: Device) -> None:

@@ -74,9 +74,10 @@ class WeightsPublished(Message, frozen=True, tag="weights_published"):
     policy_version: int
     path: str
     size_bytes: int
-    variant: str = "full"  # or "delta", "adapter"
+    variant: str = "full"  # or "delta", "adapter"; "cuda_ipc": on the trainer's GPUs, in the host copy a little later
     variant_bytes: int = 0  # that a receiver reads which has all that went before
     base: VersionName | None = None  # what a delta or an adapter goes on top of
+    ranks: int = 0  # of the trainer, that have parts of it on their GPUs
 
     @property
     def version(self) -> VersionName:

@@ -6,7 +6,7 @@ it, with the layout of all. Nothing is gathered: each rank copies its own parts 
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -102,29 +102,48 @@ def _cuts(mesh: tuple[int, ...], placements: tuple[Any, ...]) -> list[Cut]:
     return [*cuts, *reversed(inner)]
 
 
-class ShardWriter:
-    """Writes one rank's parts of each version. Blocks for the copies: for the worker thread."""
+class Parts:
+    """Which boxes of each tensor one rank brings to whoever needs all of it; where several have the same, a share."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
-        self._rank = rank
-        self._num_ranks = num_ranks
-        self._mappings = Mappings(writable=True)
+        self.rank = rank
+        self.num_ranks = num_ranks
         self._planned: tuple[object, dict[str, list[Box]]] | None = (
             None  # for a layout, what is ours
         )
 
+    def of(
+        self, tensors: "Mapping[str, torch.Tensor]"
+    ) -> "Iterator[tuple[str, Box, torch.Tensor]]":
+        """Name, box in the whole tensor, and a view of this rank's tensor that is the box."""
+        sources = {name: held(tensor, self.num_ranks) for name, tensor in tensors.items()}
+        if self._planned is None or self._planned[0] != sources:
+            receivers = {name: (whole(tensor.shape),) for name, tensor in tensors.items()}
+            sizes = {name: tensor.element_size() for name, tensor in tensors.items()}
+            mine: dict[str, list[Box]] = {}
+            for transfer in plan(sources, receivers, sizes):
+                if transfer.source == self.rank:
+                    mine.setdefault(transfer.name, []).append(transfer.box)
+            self._planned = sources, mine
+        for name, boxes in self._planned[1].items():
+            here, tensor = sources[name][self.rank], local(tensors[name])
+            for box in boxes:
+                yield name, box, tensor[within(box, here)]
+
+
+class ShardWriter:
+    """Writes one rank's parts of each version. Blocks for the copies: for the worker thread."""
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        self._parts = Parts(rank, num_ranks)
+        self._mappings = Mappings(writable=True)
+
     def write(
         self, into: "Mapping[str, torch.Tensor]", tensors: "Mapping[str, torch.Tensor]"
     ) -> None:
-        """Copy this rank's parts of `tensors` into the whole tensors `into`, converted to their dtypes.
-
-        Where several ranks hold the same, each writes a share.
-        """
-        for name, boxes in self._parts(tensors).items():
-            mine = local(tensors[name])
-            here = held(tensors[name], self._num_ranks)[self._rank]
-            for box in boxes:
-                into[name][within(box, whole(into[name].shape))].copy_(mine[within(box, here)])
+        """Copy this rank's parts of `tensors` into the whole tensors `into`, converted to their dtypes."""
+        for name, box, part in self._parts.of(tensors):
+            into[name][within(box, whole(into[name].shape))].copy_(part)
 
     def write_file(self, path: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
         """The same into a version that the leader has begun. Raises VersionGone when it gave it up."""
@@ -141,15 +160,3 @@ class ShardWriter:
             layout = read_layout(buffer[:size_bytes], path)
         self.write(views(mapping, layout.places), tensors)
         self._mappings.forget_others([path.parent])
-
-    def _parts(self, tensors: "Mapping[str, torch.Tensor]") -> dict[str, list[Box]]:
-        sources = {name: held(tensor, self._num_ranks) for name, tensor in tensors.items()}
-        if self._planned is None or self._planned[0] != sources:
-            receivers = {name: (whole(tensor.shape),) for name, tensor in tensors.items()}
-            sizes = {name: tensor.element_size() for name, tensor in tensors.items()}
-            mine: dict[str, list[Box]] = {}
-            for transfer in plan(sources, receivers, sizes):
-                if transfer.source == self._rank:
-                    mine.setdefault(transfer.name, []).append(transfer.box)
-            self._planned = sources, mine
-        return self._planned[1]

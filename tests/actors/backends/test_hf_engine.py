@@ -264,7 +264,8 @@ def test_what_had_ended_before_it_was_resumed_comes_back_as_it_is():
     assert engine.num_running == 0
 
 
-def test_new_weights_in_mid_generation_are_used_from_the_next_token():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_new_weights_in_mid_generation_are_used_from_the_next_token(in_place: bool):
     """Tokens so far and their versions stay; the rest is what the new weights say after them."""
     old, new = build(seed=0), build(seed=1)
     engine = build_engine(build(seed=0))
@@ -274,7 +275,12 @@ def test_new_weights_in_mid_generation_are_used_from_the_next_token():
     for one in requests:
         engine.add(one)
     ended = {g.request_id: g for _ in range(3) for g in engine.step()}
-    engine.load_weights(9, weights_of(new))
+    if in_place:
+        for name, tensor in engine.weights_in_place().items():
+            tensor.copy_(weights_of(new)[name])
+        engine.weights_replaced(9)
+    else:
+        engine.load_weights(9, weights_of(new))
     ended |= run_to_end(engine)
     for one in requests:
         before = reference(old, replace(one, max_new_tokens=3))
