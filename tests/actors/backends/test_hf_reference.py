@@ -126,3 +126,20 @@ def test_memory_is_that_of_the_weights_and_none_when_offloaded() -> None:
     assert reference.memory_bytes() == 0
     reference.onload()
     assert told(reference.read(group)) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_it_offloads_and_comes_back() -> None:
+    """The memory is really given up, and the numbers are the same afterwards; near those of the CPU."""
+    model = qwen(torch.float32, hidden_size=512, intermediate_size=2048, head_dim=256)
+    group = make_groups(1)[0]
+    on_cpu = told(reference_of(model).read(group))
+    reference = HFReferenceEngine(model, config=TRAINER, device="cuda")
+    before, held = told(reference.read(group)), torch.cuda.memory_allocated()
+    reference.offload()
+    assert torch.cuda.memory_allocated() <= held - sum(p.nbytes for p in model.parameters())
+    reference.onload()
+    assert told(reference.read(group)) == before
+    for cpu, gpu in zip(on_cpu, before, strict=True):
+        assert gpu == pytest.approx(cpu, abs=1e-2)
