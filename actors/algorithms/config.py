@@ -117,8 +117,8 @@ class AlgorithmConfig(Section, frozen=True, kw_only=True):
     filter_key: str = "reward"
     """What filter_range is about: the "reward", or a number that the task gives with its episodes, as "correct"."""
     max_sampling_rounds: Annotated[int, Meta(ge=0)] = 10
-    """Groups sampled for a step, in multiples of groups_per_step, before the job commits and fails: its prompts teach
-    nothing. 10 is what DAPO's own runs allow; 0 is no limit."""
+    """Groups sampled for a step at most, in multiples of groups_per_step; then it takes what comes. DAPO's own runs end
+    after 10; here a job ends when a step has nothing to train on at all. 0 is no limit."""
 
     # What rewards are made of.
     overlong_max_tokens: Annotated[int, Meta(ge=0)] = 0

@@ -298,12 +298,7 @@ class ConductorActor(Actor):
         out = {group.group for group in decision.filtered}
         # A ticket whose env actor died after delivering is played for nothing.
         self.tickets.cancel(lambda pending: pending.payload["group"] in out)
-        exhausted = self.batches.exhausted(step)
-        if self.finishing is not None:
-            return
-        if exhausted is not None:
-            self._finish("failed", exhausted)
-        elif self.handing_over is not None and not self.issuer.has_arrived(self.issuer.version):
+        if self.handing_over is not None and not self.issuer.has_arrived(self.issuer.version):
             self._pause_trainer()  # nothing is left of the step that it was to complete before
         else:
             await self._issue()
@@ -345,9 +340,12 @@ class ConductorActor(Actor):
         if stopped is not None:
             self._end("failed", stopped)
             return
+        in_vain = self.batches.in_vain(message.step, batch)
         job = self.config.job
         window = self.rewards[-job.stop_window :]
-        if self.issuer.version >= job.steps:
+        if in_vain is not None:
+            self._finish("failed", in_vain)
+        elif self.issuer.version >= job.steps:
             self._finish("done", f"all {job.steps} steps were trained")
         elif (
             job.stop_reward is not None

@@ -65,19 +65,24 @@ class Batches:
         decision = self._decide(batch, [batch.received[group] for group in sorted(batch.received)])
         return Decision(filtered=decision.filtered) if decision.filtered else decision
 
-    def exhausted(self, step: int) -> str | None:
-        """Why a step may not be sampled again, or None."""
-        return self._filter.exhausted(step, [g.rewards for g in self._steps[step].filtered])
-
     def close(self, step: int) -> Batch:
         """A step was trained: forget it."""
         return self._steps.pop(step, Batch())
+
+    def in_vain(self, step: int, batch: Batch) -> str | None:
+        """Why a job whose step had to take what came is to be ended; None while anything is learned."""
+        trained = batch.received.values()
+        if not self._filter.active or any(self._filter.keeps(g.rewards, g.info) for g in trained):
+            return None
+        return self._filter.nothing_left(step, len(trained), [g.rewards for g in batch.filtered])
 
     def _decide(self, batch: Batch, groups: Sequence[GroupReceived]) -> Decision:
         admitted: list[GroupReceived] = []
         filtered: list[GroupReceived] = []
         for group in groups:
-            kept = not self._filter.active or self._filter.keeps(group.rewards, group.info)
+            left = self._filter.most_filtered - len(batch.filtered) - len(filtered)
+            kept = not self._filter.active or left <= 0
+            kept = kept or self._filter.keeps(group.rewards, group.info)
             (admitted if kept else filtered).append(group)
         for group in filtered:
             self._issuer.discard(group.group)

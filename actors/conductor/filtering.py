@@ -5,6 +5,7 @@ are left out and others are sampled in their place until the batch is full. With
 too hard or too easy.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from actors.algorithms.config import AlgorithmConfig, resolve
@@ -40,23 +41,25 @@ class GroupFilter:
         low, high = self._config.filter_range
         return low <= self._mean(rewards, info) <= high
 
-    def exhausted(self, step: int, filtered: Sequence[Sequence[float]]) -> str | None:
-        """Why a step may not be sampled again, or None.
+    @property
+    def most_filtered(self) -> float:
+        """Groups that may be left out of a step; after that it takes what comes."""
+        rounds = self._config.max_sampling_rounds
+        return (rounds - 1) * self._groups_per_step if rounds else math.inf
+
+    def nothing_left(self, step: int, trained: int, filtered: Sequence[Sequence[float]]) -> str:
+        """Why to end a job that trained a step on `trained` groups of which none was wanted.
 
         filtered: the rewards of each group that was left out of it
         """
-        rounds = self._config.max_sampling_rounds
-        if not rounds or len(filtered) <= (rounds - 1) * self._groups_per_step:
-            return None
         alike = [rewards[0] for rewards in filtered if rewards and not can_teach(rewards)]
-        told = f"{len(alike)} of them with one reward for all samples"
+        told = f"{len(alike)} of those left out had one reward for all samples"
         if alike and min(alike) == max(alike):
             told += f", always {alike[0]:g}"
         return (
-            f"step {step} had {len(filtered)} groups filtered out ({told}), more than {rounds} rounds of "
-            f"{self._groups_per_step} groups leave room for (algorithm.max_sampling_rounds): most prompts are too easy "
-            "or too hard for this policy; change the data, allow more rounds (0: without end), or set "
-            "algorithm.dynamic_sampling = false"
+            f"step {step}: not one of {trained + len(filtered)} groups is worth training on ({told}): all prompts are "
+            "too easy or too hard for this policy; change the data, sample more of each (rollout.group_size), allow "
+            "more rounds (algorithm.max_sampling_rounds), or set algorithm.dynamic_sampling = false"
         )
 
     def _mean(self, rewards: Sequence[float], info: Mapping[str, float]) -> float:

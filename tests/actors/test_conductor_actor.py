@@ -899,25 +899,29 @@ def test_what_was_filtered_before_a_commit_stays_out(run: Run, tmp_path: Path) -
     run(main)
 
 
-def test_a_step_that_cannot_be_filled_ends_the_job_after_a_commit(run: Run, tmp_path: Path) -> None:
-    """Three rounds of two groups: the fifth that is filtered out is one too many."""
+def test_a_step_with_nothing_to_learn_ends_the_job_after_a_commit(run: Run, tmp_path: Path) -> None:
+    """Three rounds of two groups: four are filtered out, the last two are trained, in vain."""
 
     async def main() -> None:
-        async with Play(tmp_path, conductor_config(**FILTERED)) as play:
+        config = conductor_config(checkpoint={"every_steps": 9}, **FILTERED)
+        async with Play(tmp_path, config) as play:
             await play.trainer_comes()
-            items = await play.take(2)
-            for _ in range(5):
-                item = items.pop(0)
-                play.delivered(item.payload, reward=0.0)
-                item.ack()
-                if len(play.trainer.of(Drop)) < 4:
-                    items += await play.take(1)
+            for _ in range(3):
+                for item in await play.take(2):
+                    play.delivered(item.payload, reward=0.0)
+                    item.ack()
+            assert [admit.group for admit in await play.take_admits(2)] == [4, 5]
+            assert len(play.trainer.of(Drop)) == 4
+            await play.step_done([4, 5], commit=False)
             await play.trainer.take(CommitAndPause)
+            play.commit_on_disk()
             play.say_committed()
             finished = await play.stage.heard(JobFinished)
             assert finished.state == "failed"
-            assert "step 0 had 5 groups filtered out" in finished.reason
+            assert "step 0: not one of 6 groups" in finished.reason
             assert "always 0" in finished.reason
+            (line,) = play.steps()
+            assert (line["groups_sampled"], line["useful_share"]) == (6, 0.0)
 
     run(main)
 

@@ -1,11 +1,11 @@
-"""Dynamic sampling: which groups are kept, when a step gives up; no order of arrival changes what is issued."""
+"""Dynamic sampling: which groups are kept, when a step takes what comes; no order of arrival changes what is issued."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.algorithms.config import AlgorithmConfig
-from actors.conductor.batches import Batches, Decision
+from actors.conductor.batches import Batch, Batches, Decision
 from actors.conductor.filtering import GroupFilter, can_teach
 from actors.conductor.issuing import Issuer
 from actors.errors import ActorError
@@ -62,26 +62,52 @@ def test_a_range_may_be_about_a_number_of_the_task() -> None:
         by_accuracy.keeps([7.0], {"length": 3.0})
 
 
-def test_a_step_gives_up_after_its_rounds() -> None:
-    """3 rounds of 4 groups: 8 may be filtered out; with the ninth the batch could only be filled by a thirteenth."""
-    three = group_filter(max_sampling_rounds=3, dynamic_sampling=True)
-    assert three.exhausted(7, [[1.0, 1.0]] * 8) is None
-    reason = three.exhausted(7, [[1.0, 1.0]] * 9)
+def batches(**changes: object) -> tuple[Issuer, Batches]:
+    issuer = Issuer(groups_per_step=2, max_staleness=0, steps=9)
+    config = group_filter(2, dynamic_sampling=True, **changes)
+    return issuer, Batches(issuer, config, deterministic=False)
+
+
+@pytest.mark.parametrize(("rounds", "left_out"), [(1, 0), (3, 4)])
+def test_a_step_takes_what_comes_after_its_rounds(rounds: int, left_out: int) -> None:
+    """3 rounds of 2 groups are 6 sampled: 4 may be left out, and the last two fill the batch, useful or not."""
+    issuer, made = batches(max_sampling_rounds=rounds)
+    admitted: list[int] = []
+    for group in range(2 * rounds):
+        issuer.due()
+        step = issuer.complete(group)
+        assert step == 0
+        decision = made.arrived(received(group, [1.0, 1.0]), step)
+        assert len(decision.filtered) == (group < left_out)
+        admitted += [each.group for each in decision.admitted]
+    assert admitted == [left_out, left_out + 1]
+    assert issuer.is_full(0)
+    assert not issuer.due()
+
+
+def test_a_step_without_anything_useful_is_told() -> None:
+    """How many were sampled, and what their rewards were; one useful group is enough to go on."""
+    _, made = batches(max_sampling_rounds=2)
+    useless = [received(group, [1.0, 1.0]) for group in range(4)]
+    batch = Batch({group.group: group for group in useless[2:]}, useless[:2])
+    reason = made.in_vain(7, batch)
     assert reason is not None
-    assert "step 7 had 9 groups filtered out (9 of them with one reward" in reason
-    assert "always 1)" in reason
-    mixed = three.exhausted(7, [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]] * 3)
+    assert "step 7: not one of 4 groups" in reason
+    assert "(2 of those left out had one reward for all samples, always 1)" in reason
+    batch.filtered[0] = received(0, [0.0, 0.0])
+    mixed = made.in_vain(7, batch)
     assert mixed is not None
-    assert "(6 of them with one reward for all samples)" in mixed
-    assert group_filter(max_sampling_rounds=0).exhausted(7, [[1.0, 1.0]] * 999) is None
+    assert "for all samples)" in mixed
+    batch.received[2] = received(2, [0.0, 1.0])
+    assert made.in_vain(7, batch) is None
 
 
 class Run:
     """A deterministic job's issuer and batches; groups teach or not by their index, and come in any order."""
 
-    def __init__(self, size: int, bound: int, steps: int, useful: list[bool]) -> None:
+    def __init__(self, size: int, bound: int, steps: int, useful: list[bool], rounds: int) -> None:
         self.issuer = Issuer(groups_per_step=size, max_staleness=bound, steps=steps)
-        config = AlgorithmConfig(dynamic_sampling=True, max_sampling_rounds=0)
+        config = AlgorithmConfig(dynamic_sampling=True, max_sampling_rounds=rounds)
         self.batches = Batches(self.issuer, GroupFilter(config, size), deterministic=True)
         self.useful = useful
         self.flying: list[int] = []
@@ -143,13 +169,15 @@ def test_neither_order_nor_waits_nor_rollbacks_change_a_deterministic_job(
     """Which groups each step trains, and which are filtered, is that of a run where all come in order, at once."""
     size, bound = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 2))
     useful = data.draw(st.lists(st.booleans(), min_size=1, max_size=9).filter(any))
-    steps = 4
-    calm = Run(size, bound, steps, useful)
+    steps, rounds = 4, data.draw(st.integers(0, 3))
+    calm = Run(size, bound, steps, useful, rounds)
     while calm.flying:
         calm.arrives(min(calm.flying))
-    assert all(useful[g % len(useful)] for groups in calm.trained.values() for g in groups)
+    trained = [g for groups in calm.trained.values() for g in groups]
+    assert rounds or all(useful[g % len(useful)] for g in trained)
+    assert not rounds or max(trained) < rounds * size * steps
     assert [len(groups) for groups in calm.trained.values()] == [size] * steps
-    run = Run(size, bound, steps, useful)
+    run = Run(size, bound, steps, useful, rounds)
     crashes = data.draw(st.integers(0, 3))
     while run.flying or run.held:
         if crashes and data.draw(st.booleans()):
