@@ -29,6 +29,7 @@ CTL_COMMANDS = (
     "logs",
     "events",
     "samples",
+    "eval",
     "audit",
     "trace",
     "cancel",

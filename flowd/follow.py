@@ -64,12 +64,18 @@ def make_view(job: str, *, as_json: bool, live: bool) -> View:
 
 
 def conclude(watched: Watched) -> int:
-    """The last words about a job: 0 when it is done; JobFailed, with the traceback, when it is not."""
+    """The last words about a job: 0 when it is done; as `check_done` when it is not."""
+    check_done(watched)
+    reward = number(watched.metrics.get("reward_mean"))
+    why = f" ({watched.reason})" if watched.reason else ""
+    hint(f'job "{watched.name}" done: {watched.step} steps, reward {reward}{why}')
+    return 0
+
+
+def check_done(watched: Watched) -> None:
+    """Raise JobFailed, with the traceback, for a job that ended otherwise; DaemonLost for one that goes on unseen."""
     if watched.state == "done":
-        reward = number(watched.metrics.get("reward_mean"))
-        why = f" ({watched.reason})" if watched.reason else ""
-        hint(f'job "{watched.name}" done: {watched.step} steps, reward {reward}{why}')
-        return 0
+        return
     if watched.state not in ENDED:
         raise DaemonLost(
             f'flowd stopped while job "{watched.name}" was {watched.state} at step {watched.step}; '
@@ -219,7 +225,11 @@ def live_table(watched: Watched) -> Any:
     table.add_row(
         f"{watched.step}/{watched.steps}",
         number(metrics.get("reward_mean")),
-        *([number(evaluated["eval_score"])] if evaluated else []),
+        *(
+            [number(evaluated.get("eval_reward_mean", evaluated.get("eval_greedy")))]
+            if evaluated
+            else []
+        ),
         str(metrics.get("staleness_max", "-")),
         number(tokens_per_s(metrics), 0),
         number(metrics.get("seconds"), 2),

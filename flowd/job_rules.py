@@ -134,7 +134,7 @@ def _check_evaluation(config: JobConfig, require: Any) -> None:
         "steps",
         "needs a trainer, and job.steps = 0 has none: the model is evaluated as it is; set warmup.steps = 0",
     )
-    section = "eval" if evaluation.task else "env"
+    section = "eval" if evaluation.task or evaluation.args else "env"
     task = evaluation.task or config.env.task
     if _is_text_task(task):
         _check_task(section, *evaluation_env(config.env, evaluation), require)

@@ -75,6 +75,10 @@ class RunPaths:
         return self.root / "samples.jsonl"
 
     @property
+    def eval_samples(self) -> Path:
+        return self.root / "eval_samples.jsonl"
+
+    @property
     def spans(self) -> Path:
         return self.root / "spans.jsonl"
 

@@ -379,7 +379,7 @@ class ConductorActor(Actor):
         if not self.evaluator.counts(message):
             return
         line = await self.blocking(self.evaluator.record, message)
-        self.evaluator.recorded(message)
+        self.evaluator.recorded(message, line)
         self.event("eval", **line)
         self._tell_recorded()
         if self.finishing is not None:
@@ -423,6 +423,7 @@ class ConductorActor(Actor):
         if message.run_attempt != self.run_attempt:
             return
         await self.blocking(self.ledger.commit, message.step, message.policy_version)
+        await self.blocking(self.evaluator.committed, message.step)
         self.event("commit", step=message.step, seconds=round(message.seconds, 4))
         self.committed_step = message.step
         if self.finishing is not None:

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from actors.conductor.ledger_audit import beginnings
 from actors.conductor.metrics import MetricsWriter
 from actors.job_config import JobConfig
 from actors.json_lines import line_of
+from actors.retention import score_commit
 from channels.channel import Producer
 from channels.errors import Withdrawn
 
@@ -62,19 +63,19 @@ class Evaluator:
         self._run_attempt = -1
         self._outstanding: deque[int] = deque()
         self._changed = asyncio.Event()
-        self._recorded: set[int] = set()
+        self._scores: dict[int, float] = {}  # of the versions that were evaluated
 
     @property
     def oldest(self) -> int | None:
         """The version that is being evaluated; None when none is."""
         return self._outstanding[0] if self._outstanding else None
 
-    def begin_run(self, run_attempt: int, recorded: Iterable[int]) -> None:
-        """A run attempt begins: what is being taken is forgotten. recorded: versions that need no evaluation."""
+    def begin_run(self, run_attempt: int, recorded: Mapping[int, Mapping[str, Any]]) -> None:
+        """A run attempt begins: what is being taken is forgotten. recorded: as `recorded_evaluations` finds them."""
         self._run_attempt = run_attempt
         self._outstanding.clear()
         self._producer.cancel(lambda pending: True)
-        self._recorded = set(recorded)
+        self._scores = {version: score_of(line) for version, line in recorded.items()}
         self._changed.set()
 
     def is_due(self, version: int) -> bool:
@@ -91,7 +92,7 @@ class Evaluator:
             self._changed.set()
 
     def _is_new(self, version: int) -> bool:
-        return version not in self._recorded and version not in self._outstanding
+        return version not in self._scores and version not in self._outstanding
 
     async def run(self) -> None:
         """Take the evaluations that were asked for, one after the other."""
@@ -163,11 +164,17 @@ class Evaluator:
             file.write(b"".join(line_of(one) for a in evaluated.answers for one in a["lines"]))
         _write(evaluation_file(self._run_dir, evaluated.version), line_of(whole))
         self._metrics.write(line, only="eval_")
-        return {**line, "eval_score": score_of(result)}
+        score_commit(self._run_dir, evaluated.version, score_of(line))
+        return line
 
-    def recorded(self, evaluated: Evaluated) -> None:
-        """`record` returned: the next one may begin."""
-        self._recorded.add(evaluated.version)
+    def committed(self, step: int) -> None:
+        """A step's commit is on disk: say how good it is, if that is known already; blocking."""
+        if step in self._scores:
+            score_commit(self._run_dir, step, self._scores[step])
+
+    def recorded(self, evaluated: Evaluated, line: Mapping[str, Any]) -> None:
+        """`record` returned the line: the next one may begin."""
+        self._scores[evaluated.version] = score_of(line)
         self._outstanding.popleft()
         self._changed.set()
 

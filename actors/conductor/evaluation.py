@@ -69,9 +69,9 @@ def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
     return line
 
 
-def score_of(result: Mapping[str, Any]) -> float:
-    """The number that says how good a policy is: the mean reward of its samples, or of greedy ones without others."""
-    score: float = (result.get("sampled") or result["greedy"])["reward_mean"]
+def score_of(line: Mapping[str, Any]) -> float:
+    """How good a policy is, from its metrics: the mean reward of its samples, or of greedy answers without others."""
+    score: float = line["eval_reward_mean" if "eval_reward_mean" in line else "eval_greedy"]
     return score
 
 

@@ -14,6 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB")
     parser.add_argument("--step", type=int, metavar="N")
     parser.add_argument(
+        "--eval",
+        action="store_true",
+        help="of evaluations; --step N is then the policy after N steps",
+    )
+    parser.add_argument(
         "--rolled-back", action="store_true", help="also of steps that a rollback took back"
     )
 
@@ -25,10 +30,13 @@ def run(args: argparse.Namespace) -> int:
     from flowd.runs import existing_run, json_lines, paths_of
 
     run_paths = existing_run(paths_of(args), args.job)
-    missing = (
-        f'job "{args.job}" has no samples yet ({run_paths.samples}): they come with its first '
-        "step, unless [metrics] samples_per_step = 0"
+    file = run_paths.eval_samples if args.eval else run_paths.samples
+    comes = (
+        "evaluation, which [eval] asks for, unless [eval] record = 0"
+        if args.eval
+        else "step, unless [metrics] samples_per_step = 0"
     )
+    missing = f'job "{args.job}" has no samples yet ({file}): they come with its first {comes}'
     try:
         began_at = {} if args.rolled_back else beginnings(run_paths.root)
     except LedgerError as error:
@@ -38,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     chosen: list[dict[str, Any]] = []
     steps: list[int] = []
     hidden: set[int] = set()
-    for sample in json_lines(run_paths.samples, missing):
+    for sample in json_lines(file, missing):
         if was_rolled_back(sample, began_at):
             hidden.add(sample["step"])
             continue
@@ -69,9 +77,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def was_rolled_back(sample: Mapping[str, Any], began_at: Mapping[int, int]) -> bool:
-    """Whether a later run attempt began at the sample's step or before. began_at: step by run attempt"""
+    """Whether a later run attempt began at the sample's step or before. began_at: step by run attempt
+
+    The policy after so many steps, which an evaluation is of, is that of an attempt which began there too.
+    """
+    first_lost = sample["step"] - ("problem" in sample)
     return any(
-        attempt > sample["attempt"] and step <= sample["step"] for attempt, step in began_at.items()
+        attempt > sample["attempt"] and step <= first_lost for attempt, step in began_at.items()
     )
 
 
@@ -86,7 +98,7 @@ def sample_text(sample: dict[str, Any]) -> str:
         span = str(versions[0])
     attempt = f"  attempt {sample['attempt']}" if sample.get("attempt") else ""
     lines = [
-        f"step {sample['step']}{attempt}  group {sample.get('group')}  sample {sample.get('sample')}  "
+        f"step {sample['step']}{attempt}  {_of(sample)}  sample {sample.get('sample')}  "
         f"reward {number(sample.get('reward'))}  version {span}  "
         f"tokens {len(sample.get('tokens') or [])}  finish {sample.get('finish')}",
         _indented("prompt", str(sample.get("prompt", ""))),
@@ -98,6 +110,12 @@ def sample_text(sample: dict[str, Any]) -> str:
     if sample.get("info"):
         lines.append(f"  info      {cell(sample['info'])}")
     return "\n".join(lines)
+
+
+def _of(sample: dict[str, Any]) -> str:
+    if "problem" in sample:
+        return f"problem {sample['problem']}  {sample['mode']}"
+    return f"group {sample.get('group')}"
 
 
 def _indented(label: str, text: str) -> str:

@@ -67,7 +67,7 @@ def test_summary_by_hand() -> None:
     assert line["eval_info_correct"] == 0.375
     assert line["eval_reward_low"] < 0.375 < line["eval_reward_high"]
     assert line["eval_greedy_low"] < 0.5 < line["eval_greedy_high"]
-    assert score_of(result) == 0.375
+    assert score_of(line) == 0.375
 
 
 def test_greedy_alone_has_its_own_numbers() -> None:
@@ -75,7 +75,7 @@ def test_greedy_alone_has_its_own_numbers() -> None:
     result = summary(EvalConfig(problems=1, k=0), [answer(0, "greedy", [0.25])])
     line = metrics_of(result)
     assert "eval_reward_mean" not in line
-    assert (line["eval_greedy"], score_of(result)) == (0.25, 0.25)
+    assert (line["eval_greedy"], score_of(line)) == (0.25, 0.25)
     assert line["eval_greedy_low"] is None
 
 
