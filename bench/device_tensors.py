@@ -12,11 +12,15 @@ On two:
   `peer_copy_gib_per_s`      `Tensor.copy_` between the two in one process
   `nccl_gib_per_s`           WINDOW tensors of 1 GiB through a link, from the first call to the last arrival;
   `nccl_one_gib_per_s`, one alone
+  `nccl_channel_gib_per_s`   the same through a channel between two endpoints, from the first `put` to the last view;
+  `nccl_channel_one_gib_per_s`, one alone; `nccl_channel_acked_gib_per_s` and `nccl_channel_acked_one_gib_per_s`, to the
+  end of the last `call`, when the producer has the acknowledgement
   `dist_gib_per_s`           the same with `dist.send` and `dist.recv`; `dist_one_gib_per_s`
   `nccl_dead_peer_ms`        from `kill -9` of the receiver to the error at the sender, as soon as it is told
 """
 
 import argparse
+import asyncio
 import importlib.metadata
 import json
 import multiprocessing
@@ -36,6 +40,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import uvloop
 
 from bench.local import MachineLoad, surroundings
 from channels.errors import PeerLost
@@ -44,6 +49,102 @@ GIB = 1 << 30
 WINDOW = 8
 WARM_ROUNDS = 2
 ANSWER_S = 120.0
+TRIES = 100  # of a first tensor, until the peer's answer has come
+
+
+class Channel:
+    """One end of a channel between two nodes, as far as its endpoints know, on a loop that runs when it is asked."""
+
+    def __init__(self, name: str, peer: str, gpu: Any, other: Connection) -> None:
+        from channels.channel import ChannelRouter
+        from channels.endpoint import ZmqEndpoint
+
+        self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self.other, self.peer = other, peer
+
+        async def connect() -> tuple[ZmqEndpoint, ChannelRouter]:
+            endpoint = ZmqEndpoint(name, "tcp://127.0.0.1:*", device=lambda: gpu)
+            other.send(endpoint.address)
+            endpoint.connect(peer, other.recv())
+            return endpoint, ChannelRouter(endpoint)
+
+        self.endpoint, self.router = self.runner.run(connect())
+
+
+class ProducerChannel(Channel):
+    """Puts."""
+
+    def begin(self, small: torch.Tensor) -> None:
+        """Have device tensors go over NCCL. Raises RuntimeError when they do not."""
+
+        async def begin() -> None:
+            self.producer = self.router.producer(
+                "tensors", bound=2 * WINDOW, bound_bytes=2 * WINDOW * GIB
+            )
+            self.producer.add_consumer(self.peer)
+            for _ in range(TRIES):
+                await self.producer.call(small)
+                if self.endpoint.transport(self.peer).name == "nccl":
+                    break
+            await self.producer.call(None)
+
+        self.runner.run(begin())
+        name, why = self.endpoint.transport(self.peer)
+        if name != "nccl":
+            raise RuntimeError(f"the channel goes by {name}: {why}")
+
+    def send(self, tensor: torch.Tensor, count: int) -> tuple[float, float]:
+        """Seconds until so many calls have been received, and answered."""
+
+        async def send() -> tuple[float, float]:
+            begin = time.monotonic()
+            await asyncio.gather(*(self.producer.call(tensor) for _ in range(count)))
+            return begin, time.monotonic()
+
+        begin, acked = self.runner.run(send())
+        end: float = self.other.recv()
+        return end - begin, acked - begin
+
+
+class ConsumerChannel(Channel):
+    """Gets."""
+
+    def begin(self) -> None:
+        """Answer `ProducerChannel.begin`."""
+
+        async def begin() -> None:
+            self.consumer = self.router.consumer("tensors", capacity=WINDOW)
+            self.consumer.add_producer(self.peer)
+            ready = False
+            while not ready:
+                item = await self.consumer.get()
+                ready = item.payload is None
+                item.ack()
+            await self._told()
+
+        self.runner.run(begin())
+
+    def receive(self, count: int) -> list[torch.Tensor]:
+        """Answer one `send`."""
+
+        async def receive() -> tuple[list[torch.Tensor], float]:
+            tensors = []
+            for _ in range(count):
+                item = await self.consumer.get()
+                tensors.append(item.payload)
+                item.ack()
+            end = time.monotonic()
+            await self._told()
+            return tensors, end
+
+        tensors, end = self.runner.run(receive())
+        self.other.send(end)
+        return tensors
+
+    async def _told(self) -> None:
+        """What was acknowledged leaves at the end of the loop's turn."""
+        for _ in range(3):
+            await asyncio.sleep(0)
 
 
 class Producer:
@@ -95,6 +196,15 @@ class Producer:
             left.result(ANSWER_S)
         end: float = self.other.recv()
         return end - begin
+
+    def open_channel(self) -> None:
+        """Between endpoints, see `Channel`."""
+        self.channel = ProducerChannel("producer", "consumer", self.gpu, self.other)
+        self.channel.begin(self.elsewhere[: 1 << 20])
+
+    def channel_send(self, count: int) -> tuple[float, float]:
+        """Seconds until so many tensors were received, and acknowledged."""
+        return self.channel.send(self.elsewhere, count)
 
     def dist_send(self, count: int) -> float:
         """The same by torch."""
@@ -162,6 +272,15 @@ class Consumer:
         tensors = [each.result(ANSWER_S) for each in arriving]
         self.other.send(time.monotonic())
         return all(map(_right, tensors))
+
+    def open_channel(self) -> None:
+        """See Producer."""
+        self.channel = ConsumerChannel("consumer", "producer", self.gpu, self.other)
+        self.channel.begin()
+
+    def channel_receive(self, count: int) -> bool:
+        """Answer one `channel_send`."""
+        return all(map(_right, self.channel.receive(count)))
 
     def dist_receive(self, count: int) -> bool:
         """Answer one `dist_send`."""
@@ -312,10 +431,11 @@ def two_gpus(rounds: int) -> dict[str, list[float]]:
         copier = stack.enter_context(Process(Copier, "0,1", 0, theirs))
         stack.callback(ours.close)
         copier.answer()
-        for process in (producer, consumer):
-            process.tell("join")
-        for process in (producer, consumer):
-            process.answer()
+        for preparation in ("join", "open_channel"):
+            for process in (producer, consumer):
+                process.tell(preparation)
+            for process in (producer, consumer):
+                process.answer()
         for number in range(WARM_ROUNDS + rounds):
             whole, copy = _both(producer, consumer, ["lend", False], ["open"])
             seconds = {
@@ -327,6 +447,11 @@ def two_gpus(rounds: int) -> dict[str, list[float]]:
                 for count, name in ((1, f"{kind}_one_gib_per_s"), (WINDOW, f"{kind}_gib_per_s")):
                     send, receive = [f"{way}_send", count], [f"{way}_receive", count]
                     seconds[name] = (_both(producer, consumer, send, receive), count)
+            for count, one in ((1, "_one"), (WINDOW, "")):
+                send, receive = ["channel_send", count], ["channel_receive", count]
+                viewed, acked = _both(producer, consumer, send, receive)
+                seconds[f"nccl_channel{one}_gib_per_s"] = (viewed, count)
+                seconds[f"nccl_channel_acked{one}_gib_per_s"] = (acked, count)
             if number >= WARM_ROUNDS:
                 for name, (spent, count) in seconds.items():
                     found.setdefault(name, []).append(count / spent)

@@ -50,7 +50,13 @@ from channels.endpoint import Endpoint, OnMessage, unhandled
 from channels.errors import Closed, PeerLost, Withdrawn
 from channels.messages import Message
 from channels.producing import Pending, ProducerProtocol
-from channels.protocol import ConsumerMessage, Key, Outgoing, ProducerMessage
+from channels.protocol import (
+    MAX_BATCH_BYTES,
+    ConsumerMessage,
+    Key,
+    Outgoing,
+    ProducerMessage,
+)
 from channels.sizes import size_bytes
 
 BOUND_BYTES = 1 << 30  # put and not acknowledged
@@ -104,6 +110,7 @@ class ChannelRouter:
         self.producers: dict[str, Producer] = {}
         self.consumers: dict[str, Consumer] = {}
         self._loop = asyncio.get_running_loop()
+        self._max_batch_bytes = min(endpoint.max_payload_bytes, MAX_BATCH_BYTES)
         endpoint.on_message = self._received
 
     def producer(
@@ -199,7 +206,7 @@ class Producer:
         self.bound_bytes = bound_bytes
         self._router = router
         self._protocol = ProducerProtocol(
-            channel, bound, epoch, router._pack, router.endpoint.max_payload_bytes
+            channel, bound, epoch, router._pack, router._max_batch_bytes
         )
         self._flushing = _Flushing(router, self._protocol.flush)
         # A heap by who came first: one that was woken and finds the bytes taken goes back to its place.
@@ -466,7 +473,7 @@ class Consumer:
             capacity,
             secrets.randbits(62),
             router._pack,
-            router.endpoint.max_payload_bytes,
+            router._max_batch_bytes,
         )
         self._flushing = _Flushing(router, self._protocol.flush)
         self._getters: deque[asyncio.Future[None]] = deque()

@@ -34,7 +34,8 @@ from typing import Any, NamedTuple, TypeVar
 from channels.messages import Message
 
 MAX_BATCH_ITEMS = 256  # in one message
-MAX_BATCH_BYTES = 1 << 30  # of payloads in one message, unless it is one item
+# Of payloads in one message, unless it is one item: the first of a batch is not seen before the last is there.
+MAX_BATCH_BYTES = 16 << 20
 
 Key = str | int | None
 T = TypeVar("T")

@@ -179,15 +179,21 @@ class Web:
         self.routers["p"].producers["work"].add_consumer(name)
         return consumer
 
-    async def join(self, start: Start, role: str, name: str, *options: str, of: str = "p") -> Peer:
-        """A process that plays a role, connected with the router `of`; it has said "ready"."""
+    async def join(
+        self, start: Start, role: str, name: str, *options: str, of: str = "p", sees: str = ""
+    ) -> Peer:
+        """A process that plays a role, connected with the router `of`; it has said "ready".
+
+        sees: real GPUs, by default another one than ours for NCCL
+        """
         endpoint = self.routers[of].endpoint
         environment = {}
         if self.transport == "shared_memory":
             options = ("--shared-dir", str(self.shared), *options)
         if self.real:
             options = ("--gpu", "cuda", *options)
-            environment["CUDA_VISIBLE_DEVICES"] = "1" if self.transport == "nccl" else "0"
+            sees = sees or ("1" if self.transport == "nccl" else "0")
+            environment["CUDA_VISIBLE_DEVICES"] = sees
         elif self.on_devices:
             options = ("--gpu", f"{self._gpus}:{self._uuid(name)}", *options)
         peer = start(role, name, self._address(), of, endpoint.address, *options, **environment)

@@ -318,3 +318,25 @@ def test_what_an_arena_has_no_room_for_goes_through_the_socket(run: Run, sockets
         w.close()
 
     run(main)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_processes_on_one_gpu_are_not_connected_by_nccl(
+    run: Run, sockets: Path, start: Start
+) -> None:
+    """It would hang; their tensors go through the host, as they are on two nodes for all that they know."""
+
+    async def main() -> None:
+        w = Web("nccl on GPUs", sockets)
+        consumer = w.router("c").consumer("work", capacity=4)
+        peer = await w.join(start, "produce", "p", "--size-bytes", str(MIB), of="c", sees="0")
+        consumer.add_producer("p")
+        for number in range(10):
+            item = await consumer.get()
+            assert (item.payload["data"] == number).all()
+            item.ack()
+        assert (await peer.says()).split()[2] == "tcp"
+        w.close()
+
+    run(main)
