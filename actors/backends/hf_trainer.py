@@ -1,11 +1,10 @@
-"""The training engine on a transformers causal LM: one rank of a data-parallel trainer.
+"""The training engine on a torch model, by default a transformers causal LM: one rank of a data-parallel trainer.
 
 Float32 master weights and AdamW, compute in float32 or bfloat16. Sequences are packed into micro-batches by token
 budget; gradients, metrics and the denominator are summed over micro-batches and ranks, and divided once.
 """
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from actors.algorithms.contract import Algorithm, TokenBatch
 from actors.backends import batch_statistics
 from actors.backends.host_copies import HostCopies
 from actors.backends.optimizer import MOMENTS, Optimizer
-from actors.backends.packing import PackedBatch
 from actors.backends.ranks import Ranks
+from actors.backends.reading import Reader
 from actors.backends.schedule import learning_rate
 from actors.backends.sharding import ShardedModule, Sharding, part_of
 from actors.backends.token_logprobs import TokenLogprobs
@@ -47,6 +46,7 @@ class HFTrainingEngine:
     With several ranks, or another precision to compute in, all of that is sharded once the first step begins or a state
     is loaded. Until then `model` is whole and may be trained otherwise.
 
+    reader: how the model is read, made of the model and, where the algorithm has a critic, of [algorithm] critic
     process_group: of all ranks, or None for one
     keep_reference: False where groups bring the reference's log-probs, see actors.inference
     total_steps: of the job, for the schedule of the learning rate
@@ -59,6 +59,7 @@ class HFTrainingEngine:
         algorithm: Algorithm,
         algorithm_config: AlgorithmConfig,
         config: TrainerConfig,
+        reader: Callable[[Any, str | None], Reader] = TokenLogprobs,
         total_steps: int = 1,
         device: str | torch.device = "cpu",
         process_group: dist.ProcessGroup | None = None,
@@ -72,16 +73,17 @@ class HFTrainingEngine:
         self._total_steps = total_steps
         self._ranks = Ranks(process_group, self.device)
         self._dtype = next(model.parameters()).dtype
-        self._logprobs = TokenLogprobs(
-            self.model, critic=settings.critic if PAPERS[settings.name].critic else None
+        self._logprobs = reader(
+            self.model, settings.critic if PAPERS[settings.name].critic else None
         )
+        self._normalization = self._logprobs.normalization(settings.gamma)
         self._needs_reference = keep_reference and settings.kl_coefficient > 0
-        self._reference: TokenLogprobs | None = None
+        self._reference: Reader | None = None
         self._sharding: Sharding | None = None
         compute = torch.bfloat16 if config.dtype == "bfloat16" else self._dtype
         if process_group is not None or compute != self._dtype:
             self._sharding = Sharding(process_group, self.device, compute)
-        self._sharded: dict[TokenLogprobs, ShardedModule] = {}
+        self._sharded: dict[Reader, ShardedModule] = {}
         self._name_parameters()
         self._optimizer: Optimizer | None = None
         self._several_updates = settings.epochs * settings.mini_batches > 1
@@ -106,6 +108,8 @@ class HFTrainingEngine:
         optimizer.forget_gradients()
         self._held = []
         self._trained = False
+        if self._normalization is not None:
+            self._normalization.begin()
         self._ratios.zero_()
         self._sums = self._no_sums()
 
@@ -115,12 +119,14 @@ class HFTrainingEngine:
         laid_out = lay_out(groups)
         if self._algorithm_config.kl_coefficient and not self._needs_reference:
             assert all(s.reference is not None for s in laid_out.sequences), "no inference actor"
+        if self._normalization is not None:
+            self._normalization.scale(laid_out)
         self._read_before_update(laid_out.sequences)
         set_targets(
             laid_out,
             self._algorithm,
             self._algorithm_config,
-            critic=self._logprobs.critic is not None,
+            critic=self._logprobs.has_critic,
         )
         if self._waits:
             self._held.append(laid_out)
@@ -154,6 +160,8 @@ class HFTrainingEngine:
         for sharded in self._sharded.values():
             sharded.release()
         self._held = []
+        if self._normalization is not None:
+            self._normalization.finish(self._ranks)
         self._steps += 1
         histogram = self._ranks.sum_(self._ratios.clone())
         tokens = totals.pop("tokens")
@@ -208,11 +216,11 @@ class HFTrainingEngine:
     def _read_before_update(self, sequences: list[TrainingSequence]) -> None:
         """Values, reference and proximal log-probs, as far as they are asked for."""
         proximal = self._several_updates and self._algorithm_config.proximal == "recomputed"
-        critic = self._logprobs.critic is not None
+        critic = self._logprobs.has_critic
         if not (self._needs_reference or critic or proximal):
             return
         for batch in micro_batches(sequences, self._config.micro_batch_tokens):
-            packed = PackedBatch(batch, self.device)
+            packed = self._logprobs.batch(batch, self.device)
             if self._reference is not None:
                 read = self._reference(packed, self._dtype)
                 for sequence, values in packed.by_sequence(read.logprobs):
@@ -240,7 +248,7 @@ class HFTrainingEngine:
             self._trained = True
 
     def _backward(self, batch: list[TrainingSequence]) -> None:
-        packed = PackedBatch(batch, self.device)
+        packed = self._logprobs.batch(batch, self.device)
 
         def per_token(arrays: list[Any]) -> Tensor | None:
             if any(array is None for array in arrays):
@@ -307,7 +315,8 @@ class HFTrainingEngine:
         "steps" (of the schedule) and "updates" (of the optimizer), "reference.*" where there is one; not copies,
         and DTensors where sharded."""
         updates, moments = (0, {}) if self._optimizer is None else self._optimizer.moments()
-        named = {f"model.{name}": parameter for name, parameter in self._parameters.items()}
+        tensors = self._parameters | self._buffers
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self._reference is not None:
             named |= {f"reference.{n}": p for n, p in self._reference.model.named_parameters()}
         return {
@@ -329,8 +338,8 @@ class HFTrainingEngine:
             sharded.release()
         self._steps = int(state["steps"])
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(part_of(state[f"model.{name}"], parameter))
+            for name, tensor in (self._parameters | self._buffers).items():
+                tensor.copy_(part_of(state[f"model.{name}"], tensor))
             optimizer.load_moments(updates, state)
             if self._reference is not None:
                 for name, parameter in self._reference.model.named_parameters():
@@ -360,7 +369,7 @@ class HFTrainingEngine:
         """What a step needs beside the model: made, and sharded, only once the model's first weights are settled."""
         if self._optimizer is None:
             if self._needs_reference:
-                self._reference = TokenLogprobs(copy.deepcopy(self.model)).requires_grad_(False)
+                self._reference = self._logprobs.frozen_copy()
             if self._config.gradient_checkpointing:
                 _checkpoint_layers(self._logprobs)
             if self._sharding is not None:
@@ -373,13 +382,13 @@ class HFTrainingEngine:
         return self._optimizer
 
     def _name_parameters(self) -> None:
-        self._published = dict(self.model.named_parameters())  # tied ones once
-        self._parameters = dict(self._published)
-        if self._logprobs.critic is not None:
-            critic = self._logprobs.critic.named_parameters()
-            self._parameters |= {f"critic.{name}": parameter for name, parameter in critic}
+        parameters = dict(self.model.named_parameters())  # tied ones once
+        kept = self.model.state_dict(keep_vars=True)
+        self._buffers = {name: kept[name] for name, _ in self.model.named_buffers() if name in kept}
+        self._published = parameters | self._buffers
+        self._parameters = parameters | self._logprobs.beside()
 
-    def _modules(self) -> list[TokenLogprobs]:
+    def _modules(self) -> list[Reader]:
         return [self._logprobs, *([] if self._reference is None else [self._reference])]
 
     # The device.
@@ -425,15 +434,13 @@ class HFTrainingEngine:
         ]
 
 
-def _checkpoint_layers(logprobs: TokenLogprobs) -> None:
+def _checkpoint_layers(reader: Reader) -> None:
     """Compute activations of the blocks again in the backward pass, with dropout off all the same.
 
     transformers' blocks do so only while they themselves, not what is in them, are in training mode.
     """
-    trunk = None if logprobs.critic is None else logprobs.critic.trunk
-    for model in (logprobs.model, trunk):
-        if model is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in logprobs.modules():
+    for model in reader.transformers():
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in reader.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True

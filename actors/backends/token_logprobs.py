@@ -1,6 +1,7 @@
 """Log-probs of given tokens under the distribution that they were sampled from, with gradient, and their values."""
 
-from typing import Any, NamedTuple
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from actors.backends.critic import Critic
 from actors.backends.packed_attention import PACKED
 from actors.backends.packing import PackedBatch, Packing
+from actors.backends.reading import Reader, Readings
+from actors.backends.training_batches import TrainingSequence
 from actors.episodes import Sampling
 
 MASKED = -1e9  # finite: minus infinity would make 0 * inf, not a number, of the entropy
@@ -18,20 +21,7 @@ CHUNK_ELEMENTS = {
 }  # logits held at a time: 2 GiB in float32 on GPUs
 
 
-class Readings(NamedTuple):
-    """Of the trained tokens of a batch; log-probs and entropies in the dtype that was asked for.
-
-    logprobs: [trained]    entropies: [trained], of the distributions that they were drawn from
-    values: [trained], before those tokens    last_values: [sequences], after each one's last. None without a critic.
-    """
-
-    logprobs: Tensor
-    entropies: Tensor
-    values: Tensor | None
-    last_values: Tensor | None
-
-
-class TokenLogprobs(nn.Module):
+class TokenLogprobs(Reader):
     """A transformers causal LM and, where there is one, its critic, read at the trained tokens only.
 
     The language model head runs on those places in chunks whose logits are computed again in the backward pass: with
@@ -51,8 +41,26 @@ class TokenLogprobs(nn.Module):
         self.critic = None if critic is None else Critic(model, own_trunk=critic == "model")
         self._plain_head = _has_plain_head(model)
 
+    @property
+    def has_critic(self) -> bool:
+        return self.critic is not None
+
+    def batch(self, sequences: list[TrainingSequence], device: torch.device) -> PackedBatch:
+        return PackedBatch(sequences, device)
+
+    def beside(self) -> dict[str, nn.Parameter]:
+        critic = [] if self.critic is None else self.critic.named_parameters()
+        return {f"critic.{name}": parameter for name, parameter in critic}
+
+    def frozen_copy(self) -> "TokenLogprobs":
+        frozen = TokenLogprobs(copy.deepcopy(self.model))
+        return frozen.requires_grad_(False)
+
+    def transformers(self) -> list[Any]:
+        trunk = None if self.critic is None else self.critic.trunk
+        return [model for model in (self.model, trunk) if model is not None]
+
     def exact(self) -> list[nn.Module]:
-        """Modules that compute in the precision of their parameters, whatever the others do."""
         return [] if self.critic is None else [self.critic.head]
 
     def forward(self, batch: PackedBatch | None, dtype: torch.dtype | None = None) -> Any:

@@ -30,7 +30,8 @@ def _nothing() -> Float64:
 class TrainingSequence:
     """One segment and what its tokens count. `trained` are the tokens that carry loss.
 
-    tokens: int64 [length]    positions: int64 [trained], places in `tokens`, each at least 1
+    segment: what it was made of    length: tokens of the context, or units (of a policy that acts on arrays)
+    tokens: int64 [length], empty where the policy has none    positions: int64 [trained], places in the context
     logprobs: float32 [trained], the sampler's    versions: int32 [trained], its policy's
     turns: int64 [trained], which turn of the segment    rewards: [trained], a turn's at its last trained token
     group: its number in the job    sample: its place in `GroupsLaidOut.returns`
@@ -39,6 +40,8 @@ class TrainingSequence:
     last_value, at the end of the sequence; proximal, reference: log-probs [trained] of those policies, if asked for
     """
 
+    segment: Segment
+    length: int
     tokens: Int64
     positions: Int64
     logprobs: NDArray[np.float32]
@@ -174,12 +177,12 @@ def micro_batches(
     for alike in by_sampling.values():
         batch: list[TrainingSequence] = []
         tokens = 0
-        for sequence in sorted(alike, key=lambda s: len(s.tokens)):
-            if batch and tokens + len(sequence.tokens) > budget_tokens:
+        for sequence in sorted(alike, key=lambda s: s.length):
+            if batch and tokens + sequence.length > budget_tokens:
                 yield batch
                 batch, tokens = [], 0
             batch.append(sequence)
-            tokens += len(sequence.tokens)
+            tokens += sequence.length
         yield batch
 
 
@@ -198,7 +201,7 @@ def _sequence(segment: Segment, group: int, sample: int) -> tuple[TrainingSequen
     for action in actions:
         start = length + len(action.prompt)
         positions.append(start + np.flatnonzero(action.mask))
-        length = start + len(action.tokens)
+        length = start + action.num_units
     counts = [len(each) for each in positions]
     if not sum(counts):
         return None, segment.episode_return
@@ -211,6 +214,8 @@ def _sequence(segment: Segment, group: int, sample: int) -> tuple[TrainingSequen
         else:
             before += turn.reward
     sequence = TrainingSequence(
+        segment=segment,
+        length=length,
         tokens=np.concatenate([p for a in actions for p in (a.prompt, a.tokens)], dtype=np.int64),
         positions=np.concatenate(positions) if len(positions) > 1 else positions[0],
         logprobs=np.concatenate([a.logprobs[a.mask] for a in actions], dtype=np.float32),

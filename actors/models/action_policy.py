@@ -75,12 +75,13 @@ class ActionPolicy(nn.Module):
         """The critic's estimate of each observation. float [batch]"""
         raise NotImplementedError
 
-    def see(self, observations: Observations) -> "dict[str, Tensor]":
-        """Moments of these observations, for `adopt`: count, sum and sum of squares by name. Float64; may be empty."""
+    def observed(self) -> dict[str, RunningMoments]:
+        """Running moments that observations are normalised by; the trainer adds to them after every step."""
         return {}
 
-    def adopt(self, moments: Mapping[str, Tensor]) -> None:
-        """Add moments (summed over all ranks) to what observations are normalised by."""
+    def rows(self, observations: Observations) -> dict[str, Tensor]:
+        """What each of `observed` sees of these observations: [batch, size], by the same names."""
+        return {}
 
 
 def normals(uniforms: Tensor) -> Tensor:

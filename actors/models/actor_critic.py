@@ -38,7 +38,7 @@ class ActorCritic(ActionPolicy):
         outputs = config.chunk * config.action
         by_state = config.std_by_state and not config.discrete
         self.actor = _mlp(features, config.hidden, outputs * (2 if by_state else 1), gain=0.01)
-        self.critic = _mlp(features, config.hidden, 1, gain=1.0)
+        self.values = _mlp(features, config.hidden, 1, gain=1.0)
         self.log_std: nn.Parameter | None = None
         self._initial_log_std = config.initial_log_std
         if not config.discrete and not by_state:
@@ -83,14 +83,11 @@ class ActorCritic(ActionPolicy):
     def value(self, observations: Observations) -> Tensor:
         return self._values(self._features(observations))
 
-    def see(self, observations: Observations) -> dict[str, Tensor]:
-        if self.state.moments is None:
-            return {}
-        return {"state": self.state.moments.moments(self.state.rows(observations))}
+    def observed(self) -> dict[str, RunningMoments]:
+        return {} if self.state.moments is None else {"state": self.state.moments}
 
-    def adopt(self, moments: Mapping[str, Tensor]) -> None:
-        if self.state.moments is not None:
-            self.state.moments.add(moments["state"])
+    def rows(self, observations: Observations) -> dict[str, Tensor]:
+        return {} if self.state.moments is None else {"state": self.state.rows(observations)}
 
     def _features(self, observations: Observations) -> Tensor:
         dtype = next(self.parameters()).dtype
@@ -110,7 +107,7 @@ class ActorCritic(ActionPolicy):
         return Gaussian(mean, log_std, self._squash)
 
     def _values(self, features: Tensor) -> Tensor:
-        values: Tensor = self.critic(features)[:, 0]
+        values: Tensor = self.values(features)[:, 0]
         return values
 
 

@@ -79,7 +79,7 @@ class TokenPolicy(ActionPolicy):
         del self.decoder.embed_tokens
         self.head = nn.Linear(width, config.bins, bias=False)
         nn.init.normal_(self.head.weight, std=0.02 / width**0.5)
-        self.critic = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        self.values = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         self.returns = RunningMoments(1) if config.normalize_returns else None
         low, high = bounds(config)
         self.register_buffer("low", torch.tensor(low), persistent=False)
@@ -90,7 +90,7 @@ class TokenPolicy(ActionPolicy):
         embedded, mask = self._prefix(observations)
         cache = DynamicCache(config=self.decoder.config)
         hidden = self._decode(embedded, mask, cache)[:, -1]
-        values = self.critic(hidden)[:, 0]
+        values = self.values(hidden)[:, 0]
         tokens, logprobs = [], []
         for unit in range(self.draws):
             distribution = Categorical(self.head(hidden))
@@ -118,22 +118,19 @@ class TokenPolicy(ActionPolicy):
         return Read(
             logprobs=distribution.log_prob(tokens),
             entropy=distribution.entropy(),
-            values=self.critic(hidden[:, 0])[:, 0],
+            values=self.values(hidden[:, 0])[:, 0],
         )
 
     def value(self, observations: Observations) -> Tensor:
         embedded, mask = self._prefix(observations)
-        values: Tensor = self.critic(self._decode(embedded, mask)[:, -1])[:, 0]
+        values: Tensor = self.values(self._decode(embedded, mask)[:, -1])[:, 0]
         return values
 
-    def see(self, observations: Observations) -> dict[str, Tensor]:
-        if self.state.moments is None:
-            return {}
-        return {"state": self.state.moments.moments(self.state.rows(observations))}
+    def observed(self) -> dict[str, RunningMoments]:
+        return {} if self.state.moments is None else {"state": self.state.moments}
 
-    def adopt(self, moments: Mapping[str, Tensor]) -> None:
-        if self.state.moments is not None:
-            self.state.moments.add(moments["state"])
+    def rows(self, observations: Observations) -> dict[str, Tensor]:
+        return {} if self.state.moments is None else {"state": self.state.rows(observations)}
 
     def _prefix(self, observations: Observations) -> tuple[Tensor, Tensor]:
         """Embeddings [B, P, D], and int64 [B, P], which is 0 where the instruction is shorter than its array."""

@@ -657,7 +657,7 @@ def share_out(groups: Sequence[Group], num_ranks: int) -> list[list[Group]]:
 
 def _context_tokens(group: Group) -> int:
     return sum(
-        len(turn.action.prompt) + len(turn.action.tokens)
+        len(turn.action.prompt) + turn.action.num_units
         for segment in group.segments
         for turn in segment.turns
     )

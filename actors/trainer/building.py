@@ -6,17 +6,23 @@ Loads torch; the actor imports it in its worker thread, flowd's fork server ahea
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from actors.algorithms import registry
+from actors.backends.action_reader import ActionReader
 from actors.backends.hf_trainer import HFTrainingEngine
+from actors.backends.reading import Reader
+from actors.backends.token_logprobs import TokenLogprobs
 from actors.errors import ActorError
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
+from actors.models.policies import build_policy
 from actors.models.text_policy import TextPolicy
 from actors.trainer.checkpoint import CheckpointWriter
 from actors.trainer.warmup import warm_up as warm_up_model
@@ -30,9 +36,17 @@ COLLECTIVE_S = 7 * 24 * 3600.0  # a dead rank is flowd's business: it takes the 
 def build_engine(spec: ActorSpec, config: JobConfig) -> HFTrainingEngine:
     """The engine of one rank; with several, returns once all of them have joined."""
     device = torch.device("cuda:0" if spec.devices[0].startswith("cuda") else "cpu")
-    model, _ = build_model(config.model, seed=config.job.seed, dtype=torch.float32)
+    model: Any
+    reader: Callable[[Any, str | None], Reader]
+    if config.policy is None:
+        model, _ = build_model(config.model, seed=config.job.seed, dtype=torch.float32)
+        reader = TokenLogprobs
+    else:
+        model = build_policy(config.policy, seed=config.job.seed)
+        reader = partial(ActionReader, config=config.policy)
     return HFTrainingEngine(
         model,
+        reader=reader,
         algorithm=registry.find(config.algorithm.name),
         algorithm_config=config.algorithm,
         config=config.trainer,

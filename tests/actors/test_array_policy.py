@@ -39,7 +39,7 @@ def config_of(policy: dict[str, Any] = POLICY, **args: Any) -> JobConfig:
 def publish(run_dir: Path, policy: PolicyConfig, version: int) -> Any:
     """Weights of a version: another seed each."""
     built = build_policy(policy, seed=100 + version)
-    built.adopt({"state": torch.tensor([4.0, *[1.0] * 4, *[9.0] * 4], dtype=torch.float64)})
+    built.observed()["state"].add(torch.tensor([4.0, *[1.0] * 4, *[9.0] * 4], dtype=torch.float64))
     directory = WeightsDirectory(run_dir / "weights", keep=4)
     state = built.state_dict()
     return built, directory.publish(0, version, state.items())

@@ -79,7 +79,9 @@ def trained(config: PolicyConfig) -> ActionPolicy:
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
-    policy.adopt(policy.see(observed(config, 50, seed=9)))
+    seen = policy.rows(observed(config, 50, seed=9))
+    for name, moments in policy.observed().items():
+        moments.add(moments.moments(seen[name]))
     return policy
 
 
