@@ -100,10 +100,20 @@ def sample_text(sample: dict[str, Any]) -> str:
     lines = [
         f"step {sample['step']}{attempt}  {_of(sample)}  sample {sample.get('sample')}  "
         f"reward {number(sample.get('reward'))}  version {span}  "
-        f"tokens {len(sample.get('tokens') or [])}  finish {sample.get('finish')}",
-        _indented("prompt", str(sample.get("prompt", ""))),
-        _indented("text", str(sample.get("text", ""))),
+        + (
+            f"value {number(sample.get('value'))}"
+            if "chunk" in sample
+            else f"tokens {len(sample.get('tokens') or [])}  finish {sample.get('finish')}"
+        ),
     ]
+    if "chunk" in sample:
+        lines += [
+            _indented("saw", cell(sample.get("observation"))),
+            _indented("did", cell(sample["chunk"])),
+        ]
+    else:
+        lines.append(_indented("prompt", str(sample.get("prompt", ""))))
+        lines.append(_indented("text", str(sample.get("text", ""))))
     if logprobs:
         mean = sum(logprobs) / len(logprobs)
         lines.append(f"  logprobs  mean {mean:.3f}, least {min(logprobs):.3f}")
