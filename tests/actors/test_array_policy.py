@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from actor_stage import Stage, job_config
 
 from actors.env.arrays import check_fit
-from actors.episodes import Group
+from actors.episodes import Group, SampleRequest, Sampling, TurnRequest
 from actors.job_config import JobConfig
 from actors.models.arrays import stack
 from actors.models.config import PolicyConfig
 from actors.models.policies import build_policy
+from actors.rollout.array_sampler import NO_TOKENS, ArraySampler
 from channels.endpoint import InlineHub
 from channels.lifecycle import Ready
 from channels.weights import WeightsDirectory
@@ -157,3 +159,41 @@ def test_a_text_task_is_no_simulator() -> None:
         check_fit(PolicyConfig(**POLICY), text)
     with pytest.raises(SimError, match="needs a \\[policy\\]"):
         check_fit(None, robot)
+
+
+def test_deterministic_actions_are_a_batch_of_their_own() -> None:
+    """An evaluation's requests beside training's: each is answered as it asked, none is forgotten."""
+    config = config_of()
+    assert config.policy is not None
+    sampler = ArraySampler(config, device="cpu", counters={})
+    sampler.take_device()
+    state = {"state": np.zeros(4, dtype=np.float32)}
+
+    def work(group: int, temperature: float | None) -> Any:
+        request = TurnRequest(
+            **{
+                "group": group,
+                "attempt": 0,
+                "run_attempt": 0,
+                "turn": 0,
+                "version": 0,
+                "exact": True,
+            },
+            samples=tuple(
+                SampleRequest(sample=i, history=NO_TOKENS, observation=state) for i in range(2)
+            ),
+            sampling=None if temperature is None else Sampling(temperature=temperature),
+        )
+        return SimpleNamespace(request=request)
+
+    waiting = [work(0, None), work(1, 0.0), work(2, 1.0), work(3, 0.0)]
+    for expected, greedy in (([0, 2], False), ([1, 3], True)):
+        advanced = sampler.advance(waiting, lambda: False)
+        assert [w.request.group for w in advanced.started] == expected
+        for _, (one, other) in advanced.finished:
+            assert one is not None
+            assert other is not None
+            assert np.array_equal(one.chunk, other.chunk) is greedy
+            assert (one.sampling.temperature == 0) is greedy
+        waiting = [w for w in waiting if w not in advanced.started]
+    assert not waiting
