@@ -34,7 +34,8 @@ class Worker:
     """One process and the slots it hosts. One call at a time: `ask`, then `take` once `fileno()` is readable.
 
     slots: the numbers that its slots have among all; callers use these
-    timeouts: of the calls, in seconds: "open", "reset", "step" (of one step of a chunk), "render"
+    timeouts: in seconds: "open", "reset" (of one slot), "step" (of all slots that are asked, and of one step of a
+        chunk), "render"
     """
 
     def __init__(
@@ -108,10 +109,12 @@ class Worker:
         if call == "step":
             self.check_running(slots)
         local = [slot - self.slots.start for slot in slots]
-        steps = 1
+        times = 1
         if call == "step":
-            steps = max((len(action) for action in values if hasattr(action, "ndim")), default=1)
-        self._send(call, [local] if call == "render" else [local, list(values)], slots, steps)
+            times = max((len(action) for action in values if hasattr(action, "ndim")), default=1)
+        elif call == "reset":
+            times = len(slots)  # a slot's first one makes its simulator
+        self._send(call, [local] if call == "render" else [local, list(values)], slots, times)
 
     def take(self) -> list[Any]:
         """The answer to what was asked, once readable or overdue: one per slot.
@@ -150,9 +153,9 @@ class Worker:
             self._process.wait(within_s)
         self._kill()
 
-    def _send(self, call: str, content: Any, slots: Sequence[int], steps: int = 1) -> None:
+    def _send(self, call: str, content: Any, slots: Sequence[int], times: int = 1) -> None:
         self._call, self._asked = call, slots
-        self._due = time.monotonic() + self._timeouts[call] * steps
+        self._due = time.monotonic() + self._timeouts[call] * times
         try:
             self._wire.send([call, content])
         except OSError:
@@ -168,9 +171,12 @@ class Worker:
         self._lost |= self._running
         self._running.clear()
         how = how or f"died ({_how_it_ended(code)}) in {self._call}"
+        asked = (
+            f"slots {list(self._asked)}" if len(self._asked) <= 4 else f"{len(self._asked)} slots"
+        )
         return WorkerLost(
-            f"the worker {self.pid} of slots {self.slots.start} to {self.slots.stop - 1} {how} of slots "
-            f"{list(self._asked)}; its episodes are lost"
+            f"the worker {self.pid} of slots {self.slots.start} to {self.slots.stop - 1} {how} of {asked}; "
+            "its episodes are lost"
         )
 
     def _kill(self) -> None:
@@ -185,7 +191,7 @@ class Worker:
 class Workers:
     """All slots of an environment over several workers; an Environment itself.
 
-    timeouts in seconds: of opening the environment, a reset, and one step, each of all slots of a worker
+    timeouts in seconds: of opening the environment, of a reset of one slot, of one step of all slots of a worker
 
     MissingDependency, SimError, ValueError: as the task says when it is opened. WorkerLost: a worker died opening it.
     """
