@@ -8,8 +8,9 @@ Two processes, uvloop; rounds of all kinds are interleaved, each figure is the m
 `shm`: an ordinary array through shared memory: one copy in, a view out. `memcpy`: that copy alone, both ends warm.
 `inplace_handoff_us`: an array from `endpoint.empty`, filled before; the time that the receiver needs to touch its pages
 is taken off. `item_us_p50`: from `call` to where a consumer has a 1 KiB item, one way. `tcp`: over the loopback, no
-encryption. `gloo`: torch.distributed's send and recv, preallocated, with a number back. `ray`: a torch tensor by `put`
-to an actor; null where Ray is not installed (the extra `bench`).
+encryption; `tcp_curve`: enciphered; `tcp_plain_bulk`: arrays in the clear, with tags. `gloo`: torch.distributed's send
+and recv, preallocated, with a number back. `ray`: a torch tensor by `put` to an actor; null where Ray is not installed
+(the extra `bench`).
 """
 
 import argparse
@@ -34,6 +35,7 @@ from bench.local import MachineLoad, surroundings
 from bench.peers import NO_RAY, Peer, ready, start_ray
 from channels.channel import ChannelRouter, Producer
 from channels.endpoint import ZmqEndpoint
+from channels.security import KEY_BYTES, Security
 
 MODULE = "bench.tensors"
 PAGE_FLOATS = 1024
@@ -47,7 +49,10 @@ IN_PLACE_BYTES = {
 }
 ITEMS = 200
 TRANSFERS = 5  # of each kind in a round
-WAYS = ("shm", "tcp")
+WAYS = ("shm", "tcp", "tcp_curve", "tcp_plain_bulk")
+# Of all processes of a run; the figures need no secret.
+KEY = bytes(KEY_BYTES)
+SECURITIES = {"tcp": None, "tcp_curve": Security(KEY), "tcp_plain_bulk": Security(KEY, True)}
 # What each ratio is made of, and the least that it should be.
 AT_LEAST = {
     "shm_over_memcpy": ("shm_64mb_gb_per_s", "memcpy_gb_per_s", 0.85),
@@ -65,8 +70,8 @@ def touch(array: Any) -> float:
 
 def endpoint_of(name: str, way: str, directory: str, shared: str, address: str = "") -> ZmqEndpoint:
     """An endpoint for one of the WAYS."""
-    if way == "tcp":
-        return ZmqEndpoint(name, address or "tcp://127.0.0.1:*")
+    if way in SECURITIES:
+        return ZmqEndpoint(name, address or "tcp://127.0.0.1:*", security=SECURITIES[way])
     return ZmqEndpoint(name, f"ipc://{directory}/{name}", shared_dir=Path(shared))
 
 
@@ -227,7 +232,8 @@ async def measure(
         note_rate("memcpy_gb_per_s", memcpy_s(source, target))
         note_rate("shm_64mb_gb_per_s", await client.median_s("shm", source))
         note_rate("gloo_64mb_gb_per_s", await asyncio.to_thread(gloo_s, gloo, tensor))
-        note_rate("tcp_64mb_gb_per_s", await client.median_s("tcp", source))
+        for way in SECURITIES:
+            note_rate(f"{way}_64mb_gb_per_s", await client.median_s(way, source))
         if ray is not None:
             seconds = await asyncio.to_thread(ray.ask, "tensor", LARGE_BYTES, TRANSFERS)
             note_rate("ray_64mb_gb_per_s", seconds)

@@ -109,14 +109,14 @@ class FlowdDaemon:
         self.stopping = asyncio.Event()
         self._signals = 0
         self._tasks = Tasks("flowd")
-        for directory in (paths.runs, paths.cache, paths.weights):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._endpoint = ZmqEndpoint(
                 FLOWD, f"ipc://{paths.sockets / 'flowd.sock'}", listen=listen, security=security
             )
         except ChannelError as error:
             raise RequestError(f"flowd cannot listen: {error}") from error
+        for directory in (paths.runs, paths.cache, paths.weights):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._store = Store(paths.root)
         self._fork_server = ForkServer(paths, devices, self._tasks, orphan_grace_s)
         self._endpoint.on_message = self._on_message

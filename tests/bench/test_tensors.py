@@ -15,6 +15,8 @@ FIGURES = {
     "shm_64mb_gb_per_s": 8.5,
     "gloo_64mb_gb_per_s": 2.0,
     "tcp_64mb_gb_per_s": 1.2,
+    "tcp_curve_64mb_gb_per_s": 0.2,
+    "tcp_plain_bulk_64mb_gb_per_s": 0.5,
     "ray_64mb_gb_per_s": 0.85,
     "item_us_p50": 300.0,
     "inplace_handoff_us": HANDOFFS,

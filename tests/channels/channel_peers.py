@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -17,6 +18,7 @@ from channels.channel import ChannelRouter, Consumer, Producer
 from channels.endpoint import MAX_PAYLOAD_BYTES, Endpoint, InlineHub, ZmqEndpoint
 from channels.messages import Message
 from channels.payload import Encoded
+from channels.security import KEY_BYTES, Security
 from channels.tensors.device_messages import (
     DeviceAnswered,
     DeviceOffered,
@@ -26,7 +28,8 @@ from channels.tensors.device_messages import (
 from channels.tensors.devices import CudaDevice, Device
 
 DEADLINE_S = 30.0
-HOST_TRANSPORTS = ("ipc", "shared_memory", "tcp")
+SECURITY = Security(secrets.token_bytes(KEY_BYTES))
+HOST_TRANSPORTS = ("ipc", "shared_memory", "tcp", "curve")
 # Tensors on devices: on GPUs made of files, and on real ones.
 DEVICE_TRANSPORTS = ("cuda_ipc", "nccl")
 GPU_TRANSPORTS = tuple(
@@ -190,6 +193,8 @@ class Web:
         environment = {}
         if self.transport == "shared_memory":
             options = ("--shared-dir", str(self.shared), *options)
+        if self.transport == "curve":
+            options = ("--key", SECURITY.key.hex(), *options)
         if self.real:
             options = ("--gpu", "cuda", *options)
             sees = sees or ("1" if self.transport == "nccl" else "0")
@@ -235,6 +240,8 @@ class Web:
         options: dict[str, Any] = {"max_payload_bytes": self._max_payload_bytes}
         if self.transport == "shared_memory":
             options["shared_dir"] = self.shared
+        if self.transport == "curve":
+            options["security"] = SECURITY
         if self.on_devices:
             options["device"] = lambda: self._gpu(name)
             options["device_type"] = "cuda" if self.real else "cpu"
@@ -254,7 +261,7 @@ class Web:
         return CudaDevice(0) if self.real else HostGpu(self._gpus, self._uuid(name))
 
     def _address(self) -> str:
-        if self.transport in ("tcp", "nccl"):
+        if self.transport in ("tcp", "curve", "nccl"):
             return "tcp://127.0.0.1:*"
         self._count += 1
         return f"ipc://{self._directory}/{self._count}"

@@ -18,6 +18,7 @@ import uvloop
 from channels.channel import BOUND_BYTES, ChannelRouter
 from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
+from channels.security import Security
 
 if TYPE_CHECKING:
     from channels.tensors.devices import Device
@@ -131,6 +132,7 @@ async def main(options: argparse.Namespace) -> None:
     endpoint = ZmqEndpoint(
         options.name,
         options.address,
+        security=None if options.key is None else Security(options.key),
         shared_dir=options.shared_dir,
         device=device,
         device_type="cuda" if options.gpu == "cuda" else "cpu",
@@ -159,6 +161,7 @@ if __name__ == "__main__":
     for argument in ("role", "name", "address", "peer", "peer_address"):
         parser.add_argument(argument)
     parser.add_argument("--shared-dir", type=Path)
+    parser.add_argument("--key", type=bytes.fromhex)  # of the cluster
     parser.add_argument("--gpu", default="", help="cuda, or DIRECTORY:UUID")
     parser.add_argument("--epoch", type=int, default=0)
     parser.add_argument("--items", type=int, default=10)

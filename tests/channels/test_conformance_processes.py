@@ -75,7 +75,7 @@ def test_items_arrive_whole_and_in_order(
             assert data.nbytes == size_bytes
             assert (data == number).all()
             item.ack()
-        said, _, transport = (await peer.says()).split()
+        said, _, transport = (await peer.says()).split(maxsplit=2)
         assert said == "drained"
         if w.on_devices:
             assert transport == w.transport
@@ -107,7 +107,7 @@ def test_memory_stays_flat_beside_a_slow_consumer(run: Run, web: MakeWeb, start:
             if number % 16 == 0:
                 most_rss = max(most_rss, process.memory_info().rss)
             item.ack()
-        said, grown, _ = (await peer.says()).split()
+        said, grown, _ = (await peer.says()).split(maxsplit=2)
         assert said == "drained"
         assert most_held <= 5  # of capacity 8: fewer than bound_bytes and one item
         if w.real:  # there, libraries that come with the first transfer take more of the host

@@ -52,3 +52,10 @@ def own_flowd() -> Iterator[Flowd]:
     """A state directory of the test's own; the test starts flowd there."""
     with state_directory() as own:
         yield own
+
+
+@pytest.fixture
+def own_flowds() -> Iterator[tuple[Flowd, Flowd]]:
+    """Two of them: two nodes on one host."""
+    with state_directory() as one, state_directory() as other:
+        yield one, other
