@@ -29,12 +29,13 @@ that are the same for the whole job and another job seed changes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # checking a job loads this module, and needs no arrays
+    import numpy as np
+    from numpy.typing import NDArray
 
-from sim.spaces import ArraySpace, ObservationSpace
+    from sim.spaces import ArraySpace, ObservationSpace
 
 INDEX_BITS = 32  # of a counted seed
 
@@ -80,7 +81,7 @@ class StepResult:
     terminated: bool
     truncated: bool
     info: Mapping[str, float | str] = field(default_factory=dict)
-    step_rewards: NDArray[np.float32] | None = None
+    step_rewards: "NDArray[np.float32] | None" = None
 
 
 class Environment(Protocol):
@@ -102,9 +103,9 @@ class Environment(Protocol):
 class ArrayEnvironment(Environment, Protocol):
     """An environment whose observations and actions are arrays."""
 
-    observation_space: ObservationSpace
-    action_space: ArraySpace
+    observation_space: "ObservationSpace"
+    action_space: "ArraySpace"
 
-    def render(self, slots: Sequence[int]) -> list[NDArray[np.uint8]]:
+    def render(self, slots: Sequence[int]) -> "list[NDArray[np.uint8]]":
         """A picture of each slot for videos: uint8 [H, W, 3]. SimError: it has no picture to show."""
         ...
