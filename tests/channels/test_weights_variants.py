@@ -16,9 +16,9 @@ from channels.errors import BadFrame, VersionGone, WeightsMismatch
 from channels.weights import WeightsDirectory
 from channels.weights.delta import Comparison, WeightsDelta, as_integers, checksum
 
-UPDATES = 1000
-DIES_AT = 400
-REBASED_AT = 700
+UPDATES = 250
+DIES_AT = 100
+REBASED_AT = 175
 Tensors = dict[str, torch.Tensor]
 
 
@@ -102,9 +102,7 @@ def publishing(directory: Path, variant: str) -> Iterator[Publisher]:
 
 
 @pytest.mark.parametrize("variant", ["full", "delta"])
-def test_both_sides_have_the_same_bits_after_a_thousand_updates(
-    tmp_path: Path, variant: str
-) -> None:
+def test_both_sides_have_the_same_bits_whatever_happens(tmp_path: Path, variant: str) -> None:
     """One receiver takes every version, one skips some, one joins late; the publisher is killed in mid-publish."""
     random = np.random.default_rng(1)
     expected = first_state()
@@ -155,7 +153,7 @@ def test_both_sides_have_the_same_bits_after_a_thousand_updates(
 
 
 def test_adapter_versions_go_on_top_of_their_base(tmp_path: Path) -> None:
-    """A thousand adapters over two bases: the receiver loads a base once and merges; it may miss any adapter."""
+    """Many adapters over two bases: the receiver loads a base once and merges; it may miss any adapter."""
     random = np.random.default_rng(2)
     weights = WeightsDirectory(tmp_path, keep=KEEP)
     base, base_state = (0, 0), first_state()
