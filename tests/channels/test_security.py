@@ -266,12 +266,10 @@ def test_without_a_key_only_loopback_is_used(run: Run, security: Security) -> No
     """Neither bound nor connected to; with one, any address of the machine will do."""
 
     async def main() -> None:
-        for host in ("*", "0.0.0.0", "192.0.2.1", "eth0"):
+        for host in ("*", "0.0.0.0", "192.0.2.1", "lo"):
             with pytest.raises(ChannelError, match="has no cluster key"):
                 ZmqEndpoint("a", f"tcp://{host}:*")
-        for host in ("127.0.0.2", "localhost", "lo"):
-            with suppress(ChannelError):  # "lo" is refused too: what a name stands for may change
-                ZmqEndpoint("a", f"tcp://{host}:*").close()
+        ZmqEndpoint("a", "tcp://127.0.0.2:*").close()
         a = ZmqEndpoint("a", ADDRESS)
         with pytest.raises(ChannelError, match="without a key only loopback"):
             a.connect("b", "tcp://192.0.2.1:7780")
