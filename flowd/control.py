@@ -53,8 +53,8 @@ class Daemon(Protocol):
         """Stop a job; returns its status once its actors are gone."""
         ...
 
-    async def resume(self, job: str) -> dict[str, Any]:
-        """Start an ended job from its last commit; returns its status at once."""
+    async def resume(self, job: str, toml_text: str | None = None) -> dict[str, Any]:
+        """Start an ended job from its last commit, with changes where they are given; returns its status at once."""
         ...
 
     async def scale(

@@ -261,6 +261,14 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
         "use a multiple of every_steps",
     )
     require(
+        not checkpoint.keep_best
+        or (config.eval.every_steps > 0 and config.eval.every_steps % checkpoint.every_steps == 0),
+        "checkpoint",
+        "keep_best",
+        f"needs evaluations at commits: [eval] every_steps = {config.eval.every_steps} must be a multiple of "
+        f"[checkpoint] every_steps = {checkpoint.every_steps}",
+    )
+    require(
         all(0 <= beta < 1 for beta in config.trainer.betas),
         "trainer",
         "betas",

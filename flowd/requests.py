@@ -3,17 +3,18 @@
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from actors.job_config import JobConfig
 from flowd.control import ENDED
 from flowd.errors import RequestError, UnknownJob
 from flowd.event_log import EventLog
-from flowd.job import parse_job, parse_resolved
+from flowd.job import dump_job, parse_job, parse_resolved
 from flowd.job_memory import last_metrics
 from flowd.node_jobs import NodeJobs
 from flowd.paths import StatePaths
+from flowd.resumed import refuse_changes, replace_text
 from flowd.runs import last_state, unknown_job
 from flowd.store import JobRow, Store
 
@@ -67,16 +68,23 @@ class Requests:
         await self._jobs.launch(job)
         return job.status()
 
-    async def resume(self, job: str) -> dict[str, Any]:
-        """Go on with an ended job from its last commit, also with one of which only the run directory is left."""
+    async def resume(self, job: str, toml_text: str | None = None) -> dict[str, Any]:
+        """Go on with an ended job from its last commit, also with one of which only the run directory is left.
+
+        toml_text: the job with changes; it replaces the resolved one
+        """
         lost = self._store.job(job) is None
         row = self._rebuilt(job) if lost else self._known(job)
         current = self._jobs.known.get(job)
         if current is not None and current.state not in ENDED:
             raise RequestError(f'job "{job}" is {current.state}: only a job that ended is resumed')
-        if row.state == "done":
+        before = parse_resolved(row.config, job)
+        config = parse_job(row.config if toml_text is None else toml_text, job)
+        refuse_changes(before, config)
+        if row.state == "done" and config.job.steps <= before.job.steps:
             raise RequestError(
-                f'job "{job}" is done: to train on, submit it under another name with more steps'
+                f'job "{job}" is done: to train on, resume it with more steps, '
+                f"--set job.steps={2 * before.job.steps}"
             )
         self._jobs.check_idle_name(job)
         run_dir = self._paths.run(job).root
@@ -85,10 +93,12 @@ class Requests:
                 f'job "{job}" cannot go on: {run_dir}, with its commits, is gone; submit it again '
                 f"under another name, with --set job.name={job}-2"
             )
-        config = parse_job(row.config, job)
         resumed = self._jobs.make(job, config, self._jobs.plan(config))
         resumed.metrics = last_metrics(self._paths.run(job).metrics)
-        if lost:
+        if toml_text is not None:
+            row = replace(row, config=dump_job(config))
+            replace_text(self._paths.run(job).job_toml, row.config)
+        if lost or toml_text is not None:
             self._store.put_job(row)
         await self._jobs.launch(resumed)
         return resumed.status()

@@ -1,12 +1,21 @@
 """deterministic = true: the same steps bit for bit, wherever the job runs and whatever dies on the way."""
 
+import signal
+import subprocess
 from typing import Any
 
 import pytest
-from flowd_process import FAST, Flowd, kill
+import torch
+from flowd_process import FAST, Flowd, environment, kill, wait_for
+
+from actors.conductor.manifest import checkpoint_dir, newest_manifest
+from actors.trainer.shard_files import Shards
 
 STEPS = 40
-SAME = ("step", "group_ids", "reward_mean", "loss", "grad_norm", "entropy", "tokens")
+SAME = (
+    *("step", "group_ids", "reward_mean", "reward_std", "loss", "grad_norm", "entropy", "tokens"),
+    *("learning_rate", "kl_sampler", "tokens_trained"),
+)
 # Rewards that differ within groups: otherwise every loss would be zero, and so equal.
 CHANGES = (
     f"job.steps={STEPS}",
@@ -16,19 +25,37 @@ CHANGES = (
 )
 
 
-def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: line[key] for key in SAME} for line in lines]
+Outcome = tuple[list[dict[str, Any]], dict[str, bytes]]
 
 
-def undisturbed(flowd: Flowd, bound: int, *changes: str) -> list[dict[str, Any]]:
-    """The lines of a job that nothing happens to; run once for each set of changes."""
+def outcome(flowd: Flowd, name: str) -> Outcome:
+    """What must be the same: numbers of every step, and every bit of the last checkpoint, moments and counters too."""
+    lines = [{key: line[key] for key in SAME} for line in flowd.steps(name)]
+    return lines, {name: bits(tensor) for name, tensor in last_state(flowd, name).items()}
+
+
+def last_state(flowd: Flowd, name: str) -> Shards:
+    run_dir = flowd.run(name).root
+    newest = newest_manifest(run_dir)
+    assert newest is not None
+    return Shards(checkpoint_dir(run_dir, newest.step))
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
+def undisturbed(flowd: Flowd, bound: int, *changes: str) -> Outcome:
+    """Of a job that nothing happens to; run once for each set of changes."""
     name = "-".join(["calm", str(bound), *(c.partition("=")[0] for c in changes)])
     if not flowd.run(name).root.exists():
         flowd.submit(name, *CHANGES, f"job.max_staleness={bound}", *changes)
         flowd.wait_done(name)
     lines = flowd.check_done(name, steps=STEPS)
     assert sum(line["loss"] != 0.0 for line in lines) > STEPS // 2
-    return numbers(lines)
+    calm = outcome(flowd, name)
+    assert any(name.startswith("exp_avg_sq.") for name in calm[1])
+    return calm
 
 
 # Of four answers about half are right: five of eight groups are sampled again.
@@ -50,7 +77,7 @@ def test_killed_trainer_changes_no_number(
     flowd.wait_done(name)
     lines = flowd.check_done(name, steps=STEPS)
     assert lines[-1]["attempt"] == 1
-    assert numbers(lines) == calm
+    assert outcome(flowd, name) == calm
     if changes:
         assert all(line["useful_share"] == 1.0 and line["filtered_share"] > 0 for line in lines)
 
@@ -77,21 +104,62 @@ def test_flowd_and_actors_gone_then_resumed_changes_no_number(
         own_flowd.wait_done(name)
         lines = own_flowd.check_done(name, steps=STEPS)
         assert lines[-1]["attempt"] == 1
-        assert numbers(lines) == undisturbed(flowd, bound)
+        assert outcome(own_flowd, name) == undisturbed(flowd, bound)
+
+
+def inline(flowd: Flowd, name: str) -> list[str]:
+    """The command line of an undisturbed job, bound 1, in one process."""
+    changes = [*CHANGES, f"job.name={name}", "job.max_staleness=1"]
+    options = [word for change in changes for word in ("--set", change)]
+    return flowd.command_line("flowctl", "run", "--inline", str(FAST), *options)
 
 
 def test_inline_job_gives_the_numbers_of_processes(flowd: Flowd) -> None:
     """One loop in one process or many processes: the same job."""
-    options = [word for change in CHANGES for word in ("--set", change)]
-    done = flowd.ctl(
-        "run",
-        "--inline",
-        str(FAST),
-        "--set",
-        "job.name=inline",
-        "--set",
-        "job.max_staleness=1",
-        *options,
+    done = subprocess.run(
+        inline(flowd, "inline"), capture_output=True, text=True, check=False, env=environment()
     )
     assert done.returncode == 0, done.stderr
-    assert numbers(flowd.steps("inline")) == undisturbed(flowd, 1)
+    assert outcome(flowd, "inline") == undisturbed(flowd, 1)
+
+
+def test_inline_job_that_was_stopped_is_resumed_as_processes(flowd: Flowd) -> None:
+    """Stopped by Ctrl-C after a few commits; flowd goes on from its run directory to the same end."""
+    name = "inline-stopped"
+    with subprocess.Popen(
+        inline(flowd, name), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
+    ) as stopped:
+        wait_for(lambda: len(flowd.metrics(name)) > 12, "12 steps inline")
+        stopped.send_signal(signal.SIGINT)
+        stopped.communicate(timeout=60)
+    assert 12 < len(flowd.metrics(name)) < STEPS
+    flowd.request("resume", job=name)
+    flowd.wait_done(name)
+    assert flowd.check_done(name, steps=STEPS)[-1]["attempt"] == 1
+    assert outcome(flowd, name) == undisturbed(flowd, 1)
+
+
+def test_resumed_on_other_numbers_of_ranks_it_learns_the_same(flowd: Flowd) -> None:
+    """One rank, then two, then one again, to the steps of an undisturbed job: equal but for the order of sums."""
+    changes = [*CHANGES, "job.max_staleness=0", "checkpoint.keep=9"]
+    flowd.submit("one-rank", *changes, "job.steps=15")
+    flowd.wait_done("one-rank")
+    flowd.submit("ranks", *changes, "job.steps=5")
+    flowd.wait_done("ranks")
+    for ranks, steps in ((2, 10), (1, 15)):
+        words = [f"trainer.devices={ranks}", f"job.steps={steps}"]
+        done = flowd.ctl("resume", "ranks", "--follow", *(w for x in words for w in ("--set", x)))
+        assert done.returncode == 0, done.stderr
+        assert len(flowd.actors("ranks", "trainer")) == ranks
+    flowd.check_done("ranks", steps=15)
+    files = [len(list(d.glob("state-*"))) for d in sorted(flowd.run("ranks").checkpoints.iterdir())]
+    assert files == [1, 1, 2, 1], "ranks that wrote steps 0, 5, 10 and 15"
+    expected, found = last_state(flowd, "one-rank"), last_state(flowd, "ranks")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    assert bits(found["updates"]) == bits(expected["updates"])
+    assert 'job "ranks" is done' in flowd.ctl("resume", "ranks").stderr
+    refused = flowd.ctl("resume", "ranks", "--set", "job.seed=8", "--set", "job.steps=20")
+    assert refused.returncode == 2
+    assert "job.seed = 8, and was 7" in refused.stderr

@@ -9,8 +9,8 @@ import torch
 from flowd_process import Flowd
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.conductor.manifest import checkpoint_dir
-from actors.retention import score_commit
+from actors.conductor.manifest import checkpoint_dir, committed_steps
+from actors.retention import score_commit, scores
 from actors.trainer.shard_files import Shards
 
 NAME = "exported"
@@ -104,6 +104,28 @@ def test_an_export_that_fails_is_told_in_its_own_words(
     done = flowd.ctl("export", str(copy), str(tmp_path / "x"))
     assert done.returncode == 1
     assert done.stderr == 'error: step 10 of job "copy" cannot be exported: BadCheckpoint: gone\n'
+
+
+def test_the_commit_that_evaluates_best_stays(flowd: Flowd) -> None:
+    """Beside the newest one; every score is the evaluation's mean reward."""
+    name = "keeps-best"
+    flowd.submit(
+        name,
+        *("job.steps=12", "env.task=e2e_tasks:Parity", "trainer.learning_rate=1e-2"),
+        *("eval.every_steps=3", "eval.problems=8", "eval.k=2"),
+        *("checkpoint.every_steps=3", "checkpoint.keep=1", "checkpoint.keep_best=1"),
+    )
+    flowd.wait_done(name)
+    evaluated = {
+        line["step"]: line["eval_reward_mean"]
+        for line in flowd.metrics(name)
+        if "eval_reward_mean" in line
+    }
+    assert list(evaluated) == [0, 3, 6, 9, 12]
+    run_dir = flowd.run(name).root
+    best = max((0, 3, 6, 9), key=lambda step: (evaluated[step], step))
+    assert committed_steps(run_dir) == [best, 12]
+    assert scores(run_dir) == {step: evaluated[step] for step in (best, 12)}
 
 
 @pytest.mark.parametrize(

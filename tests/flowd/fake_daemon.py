@@ -83,7 +83,7 @@ class FakeDaemon:
     async def cancel(self, job: str) -> dict[str, Any]:
         return {**self.status(job), "state": "cancelled"}
 
-    async def resume(self, job: str) -> dict[str, Any]:
+    async def resume(self, job: str, toml_text: str | None = None) -> dict[str, Any]:
         return {**self.status(job), "state": "starting"}
 
     async def scale(

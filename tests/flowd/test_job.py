@@ -100,6 +100,7 @@ def test_overrides_win_over_the_file():
             ["checkpoint.every_steps=10", "checkpoint.keep_every_steps=25"],
             ["keep_every_steps = 25", "commits come every 10 steps", "a multiple"],
         ),
+        (["checkpoint.keep_best=1"], ["keep_best = 1", "[eval] every_steps = 0", "multiple"]),
         (["env.args=3"], ["must be a table", "write args = {name = value}"]),
         (["env.args.digits=3"], ["[env] args = {digits = 3}", 'did you mean "min_digits"?']),
         (["env.task=gsm8k"], ['[env] task = "gsm8k"', 'needs the argument "path"']),
