@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bulk",
         choices=("encrypted", "plain"),
         default="encrypted",
-        help="large arrays between nodes that all say plain are authenticated, and not enciphered: several "
-        "times faster, for private networks",
+        help="large arrays between nodes that all say plain are authenticated, and not enciphered, for private "
+        "networks; NCCL between nodes needs it",
     )
     parser.add_argument(
         "--orphan-grace-s",
