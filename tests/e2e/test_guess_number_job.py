@@ -13,7 +13,7 @@ from actors.backends.contract import GenerationRequest
 from actors.backends.hf_engine import HFGenerationEngine
 from actors.models.tokenizer import build_characters_tokenizer
 from actors.randomness import fold
-from actors.rollout.actor import KEY_OF_SAMPLE
+from actors.rollout.work import KEY_OF_SAMPLE
 from flowd.inline import run_inline
 from flowd.job import load_job
 
