@@ -7,7 +7,8 @@ A state dict with the names and shapes of a 0.5B Qwen2 in bfloat16. A round last
 receivers have the version in tensors of their own. Rounds of `full` and `bare` alternate; those of `delta`, where
 `--changed` of the elements differ between two versions, follow. Gigabytes are those of the model, also for `delta`.
 `bare`: the publisher copies each tensor into a shared mapping that all three touched before, the receivers copy it out;
-no file, no lock, no version.
+no file, no lock, no version. `sharded`: two ranks write a share each, and each receiver reads its half of every matrix,
+as tensor-parallel ones do; gigabytes are those of the model here too.
 
 Exit code 0 when weights_gb_per_s is at least 0.85 of bare_weights_gb_per_s, 1 otherwise. In between and at the end the
 receivers' tensors are compared with the publisher's by checksum. `--device cuda` is about weights that never leave the
@@ -36,9 +37,12 @@ from bench.qwen2 import SIZES, change, copy, make_state, randomize
 from channels.weights import WeightsDirectory
 from channels.weights.delta import WeightsDelta, checksum
 from channels.weights.layout import lay_out, views
+from channels.weights.sharded import ShardWriter
+from channels.weights.shards import Box, Cut, shard, whole, within
 
 RECEIVERS = 2
-KINDS = ("full", "bare", "delta")
+RANKS = 2
+KINDS = ("full", "bare", "delta", "sharded")
 WARM_UP = 3  # first pages of all files
 AT_LEAST = 0.85  # of the bare copies
 
@@ -49,21 +53,52 @@ def map_bare(path: Path, size_bytes: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
 
-def receive(directory: Path, size: str) -> None:
+def part_of(tensor: torch.Tensor, receiver: int) -> Box:
+    """What a tensor-parallel receiver needs of it: its rows of a matrix, all of a vector."""
+    cuts = [Cut(axis=0, dim=0)] if tensor.dim() > 1 else []
+    return shard(tensor.shape, (RECEIVERS,), cuts)[receiver]
+
+
+def parts_of(state: Mapping[str, torch.Tensor], receiver: int) -> dict[str, torch.Tensor]:
+    """Views of it, by name."""
+    return {n: t[within(part_of(t, receiver), whole(t.shape))] for n, t in state.items()}
+
+
+def write_parts(directory: Path, size: str, changed: str) -> None:
+    """The second rank's process: keeps up with the weights, and writes its share of a version."""
+    state = make_state(size)
+    randomize(state, 0)
+    writer = ShardWriter(1, RANKS)
+    ready()
+    for line in sys.stdin:
+        what, given = line.split()
+        if what == "change":
+            change(state, float(changed), int(given))
+        else:
+            writer.write_file(Path(given), state)
+        print(json.dumps(given), flush=True)
+
+
+def receive(directory: Path, size: str, number: str) -> None:
     """A receiver's process: copies what the lines of stdin say, answers each."""
     state = make_state(size)
+    part = {name: view.clone() for name, view in parts_of(state, int(number)).items()}
     layout = lay_out(state, {})
     bare = views(map_bare(directory / "bare", layout.size_bytes), layout.places)
-    weights = {kind: WeightsDirectory(directory / kind) for kind in ("full", "delta")}
+    weights = {kind: WeightsDirectory(directory / kind) for kind in ("full", "delta", "sharded")}
     held = dict.fromkeys(weights, (-1, -1))
     ready()
     for line in sys.stdin:
         kind, version = line.split()
         if kind == "checksum":
-            print(json.dumps(checksum(state)), flush=True)
+            print(json.dumps([checksum(state), checksum(part)]), flush=True)
             continue
         if kind == "bare":
             copy(state, bare)
+        elif kind == "sharded":
+            with weights[kind].borrow(0, int(version)) as found:
+                assert isinstance(found, Mapping)
+                copy(part, parts_of(found, int(number)))
         else:
             with weights[kind].borrow(0, int(version), held[kind]) as found:
                 if isinstance(found, WeightsDelta):
@@ -77,8 +112,10 @@ def receive(directory: Path, size: str) -> None:
 class Publisher:
     """The other process: times rounds of each kind."""
 
-    def __init__(self, directory: Path, size: str, receivers: list[Peer]) -> None:
+    def __init__(self, directory: Path, size: str, receivers: list[Peer], rank: Peer) -> None:
         self.receivers = receivers
+        self.rank = rank
+        self.share = ShardWriter(0, RANKS)
         self.state = make_state(size)
         randomize(self.state, 0)
         layout = lay_out(self.state, {})
@@ -86,6 +123,7 @@ class Publisher:
         self.weights = {
             "full": WeightsDirectory(directory / "full"),
             "delta": WeightsDirectory(directory / "delta", variant="delta"),
+            "sharded": WeightsDirectory(directory / "sharded"),
         }
         self.version = 0
         self.delta_bytes = 0
@@ -98,6 +136,12 @@ class Publisher:
         began = time.perf_counter()
         if kind == "bare":
             copy(self.bare, self.state)
+        elif kind == "sharded":
+            with self.weights[kind].begin(0, self.version, self.state) as publication:
+                self.rank.tell("write", publication.path)
+                self.share.write(publication.tensors, self.state)
+                self.rank.line()
+                publication.finish()
         else:
             published = self.weights[kind].publish(0, self.version, self.state.items())
             self.delta_bytes = published.variant_bytes
@@ -111,10 +155,20 @@ class Publisher:
             receiver.tell(what, self.version)
         return [json.loads(receiver.line()) for receiver in self.receivers]
 
-    def check(self) -> None:
+    def change(self, fraction: float) -> None:
+        """Other weights, the same on both ranks."""
+        change(self.state, fraction, self.version)
+        self.rank.ask("change", self.version)
+
+    def check(self, kind: str) -> None:
         """Raises RuntimeError unless all hold the same bits."""
-        if set(self._ask_all("checksum")) != {checksum(self.state)}:
-            raise RuntimeError("a receiver holds other bits than the publisher")
+        for number, (full, part) in enumerate(self._ask_all("checksum")):
+            if kind == "sharded":
+                right = part == checksum(parts_of(self.state, number))
+            else:
+                right = full == checksum(self.state)
+            if not right:
+                raise RuntimeError(f"{kind}: a receiver holds other bits than the publisher")
 
 
 def measure(size: str, rounds: int, changed: float) -> dict[str, Any]:
@@ -126,18 +180,21 @@ def measure(size: str, rounds: int, changed: float) -> dict[str, Any]:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
         with ExitStack() as stack:
             receivers = [
-                stack.enter_context(Peer("bench.weights", "receive", str(directory), size))
-                for _ in range(RECEIVERS)
+                stack.enter_context(Peer("bench.weights", "receive", str(directory), size, str(i)))
+                for i in range(RECEIVERS)
             ]
-            publisher = Publisher(directory, size, receivers)
+            rank = stack.enter_context(
+                Peer("bench.weights", "write_parts", str(directory), size, str(changed))
+            )
+            publisher = Publisher(directory, size, receivers, rank)
             # A delta goes on top of what its receivers had before: nothing may come in between.
-            for kinds in (("full", "bare"), ("delta",)):
+            for kinds in (("full", "bare"), ("sharded",), ("delta",)):
                 for number in range(WARM_UP + rounds):
                     for kind in kinds if number % 2 else kinds[::-1]:
-                        change(publisher.state, changed, publisher.version)
+                        publisher.change(changed)
                         publisher.round(kind)
                         if number in (WARM_UP, WARM_UP + rounds - 1):
-                            publisher.check()
+                            publisher.check(kind)
     finally:
         shutil.rmtree(directory)
     figures: dict[str, Any] = {"size_bytes": size_bytes, "delta_bytes": publisher.delta_bytes}
@@ -159,7 +216,10 @@ def judged(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {**figures, "weights_over_bare": round(ratio, 3), "bar_reached": ratio >= AT_LEAST}
 
 
-ROLES: dict[str, Callable[[Path, str], None]] = {"receive": receive}
+ROLES: dict[str, Callable[[Path, str, str], None]] = {
+    "receive": receive,
+    "write_parts": write_parts,
+}
 
 
 def main() -> int:
@@ -175,8 +235,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.role:
-        directory, size = args.arguments
-        ROLES[args.role](Path(directory), size)
+        directory, size, given = args.arguments
+        ROLES[args.role](Path(directory), size, given)
         return 0
     if args.device == "cuda":
         from bench.weights_device import report

@@ -5,7 +5,7 @@
 Qwen2-shaped, bfloat16. A publisher and a receiver, each a process of its own; a round lasts from the call of `publish`
 until the receiver has acknowledged the last bucket. Beside each, in the same round, a bare copy of the same tensors
 within one process (`Tensor.copy_`, one after the other, to the same GPU as the receiver's). The bars are 20 ms on one
-GPU and 40 ms between two.
+GPU and 40 ms between two. With several GPUs bench/weights_fsdp.py follows: from two ranks' shards to two replicas.
 """
 
 import argparse
@@ -179,7 +179,17 @@ def report(size: str, rounds: int) -> dict[str, Any]:
     }
     if count > 1:
         results["other_gpu"] = measure(size, "cuda:0", "cuda:1", rounds, BUCKET_BYTES)
-    results["bar_reached"] = all(
+        # In a module of its own, which builds on this one.
+        from bench import weights_fsdp
+
+        first = weights_fsdp.RANKS if count >= weights_fsdp.RANKS + weights_fsdp.RECEIVERS else 0
+        results["fsdp"] = weights_fsdp.measure(
+            size,
+            rounds,
+            [f"cuda:{i}" for i in range(weights_fsdp.RANKS)],
+            [f"cuda:{first + i}" for i in range(weights_fsdp.RECEIVERS)],
+        )
+    results["bar_reached"] = results.get("fsdp", {"bar_reached": True})["bar_reached"] and all(
         results[name]["weights_ms"] <= bar for name, bar in AT_MOST_MS.items() if name in results
     )
     return results

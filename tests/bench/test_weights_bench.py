@@ -34,7 +34,7 @@ def test_every_variant_is_measured_and_checked() -> None:
     )
     assert done.returncode in (0, 1), done.stderr
     result = json.loads(done.stdout)
-    for kind in ("", "bare_", "delta_"):
+    for kind in ("", "bare_", "delta_", "sharded_"):
         assert result[f"{kind}weights_gb_per_s"] > 0
         assert len(result[f"{kind}seconds"]) == 1
     assert 0 < result["delta_bytes"] < result["size_bytes"]
