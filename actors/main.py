@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from actors.host import ActorHost
-from channels.endpoint import ZmqEndpoint
 from channels.lifecycle import ActorSpec
+from channels.socket_endpoint import SocketEndpoint
 
 if TYPE_CHECKING:
     from channels.tensors.devices import Device
@@ -33,7 +33,7 @@ def run(argument: bytes) -> int:
 
 async def _main(spec: ActorSpec) -> int:
     on_gpu = any(device.startswith("cuda") for device in spec.devices)
-    endpoint = ZmqEndpoint(
+    endpoint = SocketEndpoint(
         spec.peer,
         spec.address,
         listen=spec.listen,

@@ -37,10 +37,10 @@ from actors.episodes import Action, Group, Sampling, Segment, Turn
 from bench.local import MachineLoad, surroundings
 from bench.peers import NO_RAY, Peer, ready, start_ray
 from channels.channel import ChannelRouter
-from channels.endpoint import ZmqEndpoint
 from channels.lifecycle import Forget
 from channels.messages import Message
 from channels.payload import decode, encode, register
+from channels.socket_endpoint import SocketEndpoint
 from channels.sockets import DrainedSocket
 from flowd.linux import open_pidfd
 
@@ -140,9 +140,9 @@ class Watching(Message, frozen=True, tag="bench_watching"):
     peer: str
 
 
-def connected(directory: str, name: str, *peers: str) -> ZmqEndpoint:
+def connected(directory: str, name: str, *peers: str) -> SocketEndpoint:
     """An endpoint that is connected to its peers."""
-    endpoint = ZmqEndpoint(name, f"ipc://{directory}/{name}")
+    endpoint = SocketEndpoint(name, f"ipc://{directory}/{name}")
     for peer in peers:
         endpoint.connect(peer, f"ipc://{directory}/{peer}")
     return endpoint

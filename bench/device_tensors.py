@@ -57,13 +57,13 @@ class Channel:
 
     def __init__(self, name: str, peer: str, gpu: Any, other: Connection) -> None:
         from channels.channel import ChannelRouter
-        from channels.endpoint import ZmqEndpoint
+        from channels.socket_endpoint import SocketEndpoint
 
         self.runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self.other, self.peer = other, peer
 
-        async def connect() -> tuple[ZmqEndpoint, ChannelRouter]:
-            endpoint = ZmqEndpoint(name, "tcp://127.0.0.1:*", device=lambda: gpu)
+        async def connect() -> tuple[SocketEndpoint, ChannelRouter]:
+            endpoint = SocketEndpoint(name, "tcp://127.0.0.1:*", device=lambda: gpu)
             other.send(endpoint.address)
             endpoint.connect(peer, other.recv())
             return endpoint, ChannelRouter(endpoint)

@@ -34,8 +34,8 @@ import uvloop
 from bench.local import MachineLoad, surroundings
 from bench.peers import NO_RAY, Peer, ready, start_ray
 from channels.channel import ChannelRouter, Producer
-from channels.endpoint import ZmqEndpoint
 from channels.security import KEY_BYTES, Security
+from channels.socket_endpoint import SocketEndpoint
 
 MODULE = "bench.tensors"
 PAGE_FLOATS = 1024
@@ -68,11 +68,13 @@ def touch(array: Any) -> float:
     return float(array.reshape(-1)[::PAGE_FLOATS].sum())
 
 
-def endpoint_of(name: str, way: str, directory: str, shared: str, address: str = "") -> ZmqEndpoint:
+def endpoint_of(
+    name: str, way: str, directory: str, shared: str, address: str = ""
+) -> SocketEndpoint:
     """An endpoint for one of the WAYS."""
     if way in SECURITIES:
-        return ZmqEndpoint(name, address or "tcp://127.0.0.1:*", security=SECURITIES[way])
-    return ZmqEndpoint(name, f"ipc://{directory}/{name}", shared_dir=Path(shared))
+        return SocketEndpoint(name, address or "tcp://127.0.0.1:*", security=SECURITIES[way])
+    return SocketEndpoint(name, f"ipc://{directory}/{name}", shared_dir=Path(shared))
 
 
 async def sink(directory: str, shared: str, *addresses: str) -> None:

@@ -17,11 +17,11 @@ import zmq
 
 from channels import messages
 from channels.control import CtlProgress, CtlReply, CtlRequest
-from channels.endpoint import ZmqEndpoint
 from channels.errors import BadFrame, ChannelError, PeerLost
 from channels.lifecycle import FLOWD
 from channels.messages import Message
 from channels.security import Security
+from channels.socket_endpoint import SocketEndpoint
 from channels.sockets import DrainedSocket
 from flowd import lockfile
 from flowd.auth import cluster_key
@@ -110,7 +110,7 @@ class FlowdDaemon:
         self._signals = 0
         self._tasks = Tasks("flowd")
         try:
-            self._endpoint = ZmqEndpoint(
+            self._endpoint = SocketEndpoint(
                 FLOWD, f"ipc://{paths.sockets / 'flowd.sock'}", listen=listen, security=security
             )
         except ChannelError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.job_config import JobConfig
-from channels.endpoint import InlineHub
+from channels.inline import InlineHub
 from channels.lifecycle import ActorSpec, Failed
 from channels.messages import Message
 from flowd.actor_record import Process

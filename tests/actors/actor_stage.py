@@ -15,7 +15,7 @@ from actors.models.config import ModelConfig
 from actors.rollout.config import RolloutConfig
 from actors.trainer.config import TrainerConfig
 from channels.channel import ChannelRouter
-from channels.endpoint import InlineEndpoint, InlineHub
+from channels.inline import InlineEndpoint, InlineHub
 from channels.lifecycle import (
     FLOWD,
     ActorSpec,

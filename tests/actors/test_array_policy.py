@@ -18,7 +18,7 @@ from actors.models.arrays import stack
 from actors.models.config import PolicyConfig
 from actors.models.policies import build_policy
 from actors.rollout.array_sampler import NO_TOKENS, ArraySampler
-from channels.endpoint import InlineHub
+from channels.inline import InlineHub
 from channels.lifecycle import Ready
 from channels.weights import WeightsDirectory
 from sim.errors import SimError

@@ -4,7 +4,7 @@ import asyncio
 
 from actors.channel_reports import ChannelReports
 from channels.channel import ChannelRouter
-from channels.endpoint import InlineHub
+from channels.inline import InlineHub
 
 
 class Clock:

@@ -19,7 +19,7 @@ from actors.models.loading import build_model
 from actors.rollout.actor import NOTHING
 from actors.trainer import building
 from actors.trainer import device_weights as trainer_side
-from channels.endpoint import InlineHub
+from channels.inline import InlineHub
 from channels.lifecycle import Forget, Ready
 from channels.tensors.errors import DeviceError
 from channels.weights import WeightsPublished

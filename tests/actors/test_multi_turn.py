@@ -14,7 +14,7 @@ from actors.backends.contract import Generation, GenerationRequest
 from actors.backends.training_batches import lay_out
 from actors.episodes import Group
 from actors.models.config import ModelConfig
-from channels.endpoint import InlineHub
+from channels.inline import InlineHub
 from channels.lifecycle import Ready
 from channels.weights import WeightsPublished
 from channels.work import Admit, BeginRun, GroupReceived, StepDone, TrainerReady

@@ -17,8 +17,8 @@ from actors.job_config import JobConfig
 from actors.models.loading import build_model
 from actors.rollout import text_sampler
 from channels.channel import Producer
-from channels.endpoint import InlineHub
 from channels.errors import Withdrawn
+from channels.inline import InlineHub
 from channels.lifecycle import Failed, FirstOutput, LeaseIdle, LeaseWanted, Ready
 from channels.weights import WeightsDirectory, WeightsPublished
 from sim.contract import ChatMessage, TextObservation

@@ -23,7 +23,7 @@ from actors.trainer import building
 from actors.trainer.checkpoint import CheckpointWriter
 from actors.trainer.shard_files import Shards
 from channels.channel import Producer
-from channels.endpoint import InlineHub
+from channels.inline import InlineHub
 from channels.lifecycle import Failed, FirstOutput, LeaseIdle, LeaseWanted, Ready
 from channels.weights import WeightsDirectory, WeightsPublished
 from channels.work import (

@@ -15,10 +15,12 @@ import torch
 from host_gpu import HostGpu
 
 from channels.channel import ChannelRouter, Consumer, Producer
-from channels.endpoint import MAX_PAYLOAD_BYTES, Endpoint, InlineHub, ZmqEndpoint
+from channels.endpoint import MAX_PAYLOAD_BYTES, Endpoint
+from channels.inline import InlineHub
 from channels.messages import Message
 from channels.payload import Encoded
 from channels.security import KEY_BYTES, Security
+from channels.socket_endpoint import SocketEndpoint
 from channels.tensors.device_messages import (
     DeviceAnswered,
     DeviceOffered,
@@ -85,7 +87,7 @@ class Peer:
 Start = Callable[..., Peer]
 
 
-class LadenEndpoint(ZmqEndpoint):
+class LadenEndpoint(SocketEndpoint):
     """Every payload that it packs has a tensor on its device beside it, which arrives that way and whole.
 
     endpoints: of all names; GPUs are offered and answered for at once, so that the first tensor finds its way
@@ -248,7 +250,7 @@ class Web:
         if self._laden is not None:
             kind = 3 if self.transport == "cuda_ipc" else 4
             return LadenEndpoint(self._laden, kind, name, self._address(), **options)
-        return ZmqEndpoint(name, self._address(), **options)
+        return SocketEndpoint(name, self._address(), **options)
 
     @property
     def _gpus(self) -> Path:

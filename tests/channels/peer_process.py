@@ -16,9 +16,9 @@ import numpy as np
 import uvloop
 
 from channels.channel import BOUND_BYTES, ChannelRouter
-from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
 from channels.security import Security
+from channels.socket_endpoint import SocketEndpoint
 
 if TYPE_CHECKING:
     from channels.tensors.devices import Device
@@ -34,13 +34,13 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-async def echo(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
+async def echo(endpoint: SocketEndpoint, options: argparse.Namespace) -> None:
     """Send everything back to whom it came from."""
     endpoint.on_message = endpoint.send
     say("ready")
 
 
-async def double(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
+async def double(endpoint: SocketEndpoint, options: argparse.Namespace) -> None:
     """Acknowledge each item with twice its payload."""
     consumer = ChannelRouter(endpoint).consumer("work", capacity=4)
     consumer.add_producer(options.peer)
@@ -51,7 +51,7 @@ async def double(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
         del item  # while we wait for the next, nothing of this one is held
 
 
-async def hold(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
+async def hold(endpoint: SocketEndpoint, options: argparse.Namespace) -> None:
     """Take items and never finish them; say which, and when one is cancelled."""
     consumer = ChannelRouter(endpoint).consumer("work", capacity=4)
     consumer.add_producer(options.peer)
@@ -68,7 +68,7 @@ async def hold(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
         watches.append(asyncio.create_task(watch(item)))
 
 
-async def produce(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
+async def produce(endpoint: SocketEndpoint, options: argparse.Namespace) -> None:
     """Put items of a size; when all are acknowledged, say the most memory that this took (bytes), and the transport."""
     producer = ChannelRouter(endpoint).producer(
         "work", bound=1000, bound_bytes=options.bound_bytes, epoch=options.epoch
@@ -83,7 +83,7 @@ async def produce(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
     say("drained", peak_bytes() - before, endpoint.transport(options.peer).name)
 
 
-async def send_large(endpoint: ZmqEndpoint, options: argparse.Namespace) -> None:
+async def send_large(endpoint: SocketEndpoint, options: argparse.Namespace) -> None:
     """Have one item acknowledged; then put a small and a large one, and say when they are on their way."""
     producer = ChannelRouter(endpoint).producer("work", bound=2)
     producer.add_consumer(options.peer)
@@ -129,7 +129,7 @@ def peak_bytes() -> int:
 async def main(options: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     device: Callable[[], Device] | None = partial(gpu, options.gpu) if options.gpu else None
-    endpoint = ZmqEndpoint(
+    endpoint = SocketEndpoint(
         options.name,
         options.address,
         security=None if options.key is None else Security(options.key),

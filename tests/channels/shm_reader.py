@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
+from channels.socket_endpoint import SocketEndpoint
 
 
 class Take(Message, frozen=True, tag="test_take"):
@@ -22,7 +22,7 @@ class Take(Message, frozen=True, tag="test_take"):
 
 async def main(address: str, peer_address: str, shared_dir: str) -> None:
     """Answer each line of stdin with one on stdout, until stdin ends."""
-    endpoint = ZmqEndpoint("reader", address, shared_dir=Path(shared_dir))
+    endpoint = SocketEndpoint("reader", address, shared_dir=Path(shared_dir))
     endpoint.connect("writer", peer_address)
     kept: list[Any] = []
 

@@ -23,7 +23,7 @@ from channel_peers import (
 )
 
 from channels.channel import Consumer
-from channels.endpoint import SHARED_FRAME_BYTES, ZmqEndpoint
+from channels.socket_endpoint import SHARED_FRAME_BYTES, SocketEndpoint
 
 # What differs between the loops shows in test_conformance.py already; processes take time to start.
 pytestmark = pytest.mark.parametrize("run", ["uvloop"], indirect=True)
@@ -178,7 +178,7 @@ def test_killed_consumer_process_has_its_items_taken_by_another(
 def blocks(web: Web, name: str) -> int:
     """Blocks in use of a router's arena, its pool on a device, and its transfers over NCCL."""
     endpoint = web.routers[name].endpoint
-    assert isinstance(endpoint, ZmqEndpoint)
+    assert isinstance(endpoint, SocketEndpoint)
     shared = 0 if endpoint._arena is None else endpoint._arena.num_blocks
     lending, nccl = endpoint._devices._lending, endpoint._devices._nccl
     if lending is None or nccl is None:
@@ -303,7 +303,7 @@ def test_what_an_arena_has_no_room_for_goes_through_the_socket(run: Run, sockets
         w = Web("shared_memory", sockets)
         producer, consumer = w.pair(bound=10, capacity=10)
         endpoint = w.routers["p"].endpoint
-        assert isinstance(endpoint, ZmqEndpoint)
+        assert isinstance(endpoint, SocketEndpoint)
         assert endpoint._arena is not None
         endpoint._arena.limit_bytes = 2 * SHARED_FRAME_BYTES
         for number in range(10):

@@ -13,9 +13,11 @@ from channel_peers import Peer, Run
 from peer_process import Echo as Note
 
 from channels import messages
-from channels.endpoint import Endpoint, InlineHub, ZmqEndpoint
+from channels.endpoint import Endpoint
 from channels.errors import ChannelError, Closed, PeerLost, TooLarge
+from channels.inline import InlineHub
 from channels.messages import Message
+from channels.socket_endpoint import SocketEndpoint
 
 Make = Callable[[str], Endpoint]
 Received = tuple[str, Message, Any]
@@ -30,7 +32,7 @@ def new(request: pytest.FixtureRequest, sockets: Path) -> Make:
     def make(name: str) -> Endpoint:
         if request.param != "inline":
             shared_dir = sockets / "shared" if request.param == "shared" else None
-            return ZmqEndpoint(name, f"ipc://{sockets}/{next(count)}", shared_dir=shared_dir)
+            return SocketEndpoint(name, f"ipc://{sockets}/{next(count)}", shared_dir=shared_dir)
         if not hubs:
             hubs.append(InlineHub())
         return hubs[0].endpoint(name)
@@ -174,7 +176,7 @@ def test_message_sent_before_the_peer_exists_arrives(run: Run, sockets: Path) ->
     async def main() -> None:
         hub = InlineHub()
         pairs = (
-            (ZmqEndpoint("a", f"ipc://{sockets}/a"), f"ipc://{sockets}/b", ZmqEndpoint),
+            (SocketEndpoint("a", f"ipc://{sockets}/a"), f"ipc://{sockets}/b", SocketEndpoint),
             (hub.endpoint("a"), "inline://b", hub.endpoint),
         )
         for a, address, make in pairs:
@@ -246,7 +248,7 @@ def test_garbage_is_logged_and_dropped(run: Run, sockets: Path) -> None:
     """No frame from outside stops the mailbox, whatever it holds."""
 
     async def main() -> None:
-        b = ZmqEndpoint("b", "tcp://127.0.0.1:*")
+        b = SocketEndpoint("b", "tcp://127.0.0.1:*")
         box = mailbox(b)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         rogue = context.socket(zmq.DEALER)
@@ -278,7 +280,7 @@ def test_garbage_is_logged_and_dropped(run: Run, sockets: Path) -> None:
         b.close()
 
     drops = _Drops(7)
-    logger = logging.getLogger("channels.endpoint")
+    logger = logging.getLogger("channels.socket_endpoint")
     logger.addHandler(drops)
     try:
         run(main)
@@ -291,7 +293,7 @@ def test_payload_over_the_limit_is_refused_at_the_sender(run: Run, sockets: Path
     """With both sizes, before anything is sent."""
 
     async def main() -> None:
-        a = ZmqEndpoint("a", f"ipc://{sockets}/a", max_payload_bytes=1000)
+        a = SocketEndpoint("a", f"ipc://{sockets}/a", max_payload_bytes=1000)
         a.connect("b", f"ipc://{sockets}/b")
         with pytest.raises(TooLarge, match=r"payload of 20\d\d bytes is over the limit of 1000"):
             a.send("b", Note(number=1), np.zeros(250))
@@ -305,18 +307,18 @@ def test_bad_addresses_are_clear_errors(run: Run, sockets: Path) -> None:
 
     async def main() -> None:
         with pytest.raises(ChannelError, match=r"has 1\d\d bytes, the system allows 107"):
-            ZmqEndpoint("a", f"ipc://{sockets}/{'x' * 100}")
+            SocketEndpoint("a", f"ipc://{sockets}/{'x' * 100}")
         with pytest.raises(ChannelError, match="cannot bind"):
-            ZmqEndpoint("a", f"ipc://{sockets}/missing/a")
-        a = ZmqEndpoint("a", "tcp://127.0.0.1:*")
+            SocketEndpoint("a", f"ipc://{sockets}/missing/a")
+        a = SocketEndpoint("a", "tcp://127.0.0.1:*")
         assert a.address.startswith("tcp://127.0.0.1:")
         assert not a.address.endswith("*")
         with pytest.raises(ChannelError, match="in use"):
-            ZmqEndpoint("b", a.address)
+            SocketEndpoint("b", a.address)
         with pytest.raises(ChannelError, match="cannot connect"):
             a.connect("b", "nonsense")
         with pytest.raises(ValueError, match="1 to 234 bytes"):
-            ZmqEndpoint("", f"ipc://{sockets}/b")
+            SocketEndpoint("", f"ipc://{sockets}/b")
         a.close()
 
     run(main)
@@ -328,8 +330,8 @@ def test_close_removes_the_socket_file_and_lets_the_last_message_leave(
     """A farewell sent just before closing still arrives."""
 
     async def main() -> None:
-        a = ZmqEndpoint("a", f"ipc://{sockets}/a")
-        b = ZmqEndpoint("b", f"ipc://{sockets}/b")
+        a = SocketEndpoint("a", f"ipc://{sockets}/a")
+        b = SocketEndpoint("b", f"ipc://{sockets}/b")
         box = mailbox(b)
         a.connect("b", b.address)
         a.send("b", Note(number=9))
@@ -346,7 +348,7 @@ def test_echo_of_another_process(run: Run, sockets: Path, start: Callable[..., P
 
     async def main() -> None:
         for address in (f"ipc://{sockets}/here", "tcp://127.0.0.1:*"):
-            here = ZmqEndpoint("here", address)
+            here = SocketEndpoint("here", address)
             box = mailbox(here)
             there = f"ipc://{sockets}/there"
             peer = start("echo", "there", there, "here", here.address)

@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 )
 
 from channels.channel import ChannelRouter, Consumer, Item, Producer
-from channels.endpoint import InlineEndpoint, InlineHub
 from channels.errors import Closed
+from channels.inline import InlineEndpoint, InlineHub
 
 PRODUCERS = ("p", "q")
 CONSUMERS = ("a", "b", "c")

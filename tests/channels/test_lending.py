@@ -11,8 +11,8 @@ from channel_peers import Run, until
 from device_fakes import FakeDevice, FakeNode
 
 from channels.channel import ChannelRouter
-from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
+from channels.socket_endpoint import SocketEndpoint
 from channels.tensors.device_frames import ON_DEVICE_FROM_BYTES
 from channels.tensors.errors import DeviceError
 
@@ -31,7 +31,7 @@ class Pair:
         self.sender_gpu = FakeDevice(self.node)
         self.receiver_gpu = FakeDevice(self.node, receiver_uuid or "")
         shared_dir = sockets / "shared"
-        self.a = ZmqEndpoint(
+        self.a = SocketEndpoint(
             "a",
             f"ipc://{sockets}/a",
             shared_dir=shared_dir,
@@ -39,7 +39,7 @@ class Pair:
             device_type="cpu",
         )
         device = (lambda: self.receiver_gpu) if receiver_uuid else None
-        self.b = ZmqEndpoint(
+        self.b = SocketEndpoint(
             "b", f"ipc://{sockets}/b", shared_dir=shared_dir, device=device, device_type="cpu"
         )
         self.a.connect("b", self.b.address)
@@ -128,8 +128,8 @@ def test_a_sender_without_a_working_gpu_sends_bytes(
         def broken() -> FakeDevice:
             raise DeviceError("torch sees no GPU in this process")
 
-        a = ZmqEndpoint("a", f"ipc://{sockets}/a", device=broken, device_type="cpu")
-        b = ZmqEndpoint("b", f"ipc://{sockets}/b")
+        a = SocketEndpoint("a", f"ipc://{sockets}/a", device=broken, device_type="cpu")
+        b = SocketEndpoint("b", f"ipc://{sockets}/b")
         a.connect("b", b.address)
         box: asyncio.Queue[Any] = asyncio.Queue()
         b.on_message = lambda _, message, tree: box.put_nowait(tree)

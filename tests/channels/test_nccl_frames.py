@@ -14,9 +14,9 @@ import torch
 from channel_peers import Run, settle, until
 from device_fakes import FakeDevice, FakeNode, FakePair
 
-from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
 from channels.security import KEY_BYTES, Security
+from channels.socket_endpoint import SocketEndpoint
 from channels.tensors.device_frames import ON_DEVICE_FROM_BYTES
 from channels.tensors.nccl_frames import RETRY_S, NcclFrames
 
@@ -36,7 +36,7 @@ class Pair:
         self.node = FakeNode()
         self.gpus = {name: FakeDevice(self.node, f"GPU-{name}") for name in "ab"}
         self.a, self.b = (
-            ZmqEndpoint(
+            SocketEndpoint(
                 name,
                 "tcp://127.0.0.1:*" if sockets is None else f"ipc://{sockets}/{name}",
                 device=lambda name=name: self.gpus[name],  # type: ignore[misc]

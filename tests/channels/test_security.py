@@ -14,9 +14,9 @@ from channel_peers import Run, settle
 from peer_process import Echo as Note
 
 from channels import messages
-from channels.endpoint import ZmqEndpoint
 from channels.errors import ChannelError
 from channels.security import KEY_BYTES, Security
+from channels.socket_endpoint import SocketEndpoint
 from channels.sockets import DrainedSocket
 from channels.tensors.tcp import CHUNK_BYTES, IDENTITY_SUFFIX
 
@@ -77,9 +77,9 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-def member(name: str, security: Security | None) -> tuple[ZmqEndpoint, asyncio.Queue[Any]]:
+def member(name: str, security: Security | None) -> tuple[SocketEndpoint, asyncio.Queue[Any]]:
     """An endpoint at loopback, and what arrives there."""
-    endpoint = ZmqEndpoint(name, ADDRESS, security=security)
+    endpoint = SocketEndpoint(name, ADDRESS, security=security)
     box: asyncio.Queue[Any] = asyncio.Queue()
     endpoint.on_message = lambda *message: box.put_nowait(message)
     return endpoint, box
@@ -268,15 +268,15 @@ def test_without_a_key_only_loopback_is_used(run: Run, security: Security) -> No
     async def main() -> None:
         for host in ("*", "0.0.0.0", "192.0.2.1", "lo"):
             with pytest.raises(ChannelError, match="has no cluster key"):
-                ZmqEndpoint("a", f"tcp://{host}:*")
-        ZmqEndpoint("a", "tcp://127.0.0.2:*").close()
-        a = ZmqEndpoint("a", ADDRESS)
+                SocketEndpoint("a", f"tcp://{host}:*")
+        SocketEndpoint("a", "tcp://127.0.0.2:*").close()
+        a = SocketEndpoint("a", ADDRESS)
         with pytest.raises(ChannelError, match="without a key only loopback"):
             a.connect("b", "tcp://192.0.2.1:7780")
         with pytest.raises(ChannelError, match="not the address of a mailbox"):
             a.connect("b", f"{a.address}?bulk=1.xyz")
         a.close()
-        ZmqEndpoint("a", "tcp://0.0.0.0:*", security=security).close()
+        SocketEndpoint("a", "tcp://0.0.0.0:*", security=security).close()
 
     run(main)
 
@@ -370,10 +370,10 @@ def test_a_second_mailbox_for_other_nodes(run: Run, security: Security, sockets:
     """A Unix socket for those on the node, TCP for the others; both lead to the same handler."""
 
     async def main() -> None:
-        both = ZmqEndpoint("both", f"ipc://{sockets}/both", listen=ADDRESS, security=security)
+        both = SocketEndpoint("both", f"ipc://{sockets}/both", listen=ADDRESS, security=security)
         box: asyncio.Queue[Any] = asyncio.Queue()
         both.on_message = lambda *message: box.put_nowait(message)
-        near = ZmqEndpoint("near", f"ipc://{sockets}/near", security=security)
+        near = SocketEndpoint("near", f"ipc://{sockets}/near", security=security)
         far, _ = member("far", security)
         assert near.remote_address == ""
         assert far.remote_address == far.address
@@ -384,7 +384,7 @@ def test_a_second_mailbox_for_other_nodes(run: Run, security: Security, sockets:
         far.send("both", Note(number=2))
         assert (await box.get())[:2] == ("far", Note(number=2))
         with pytest.raises(ChannelError, match="cannot bind"):
-            ZmqEndpoint("c", f"ipc://{sockets}/c", listen=both.remote_address, security=security)
+            SocketEndpoint("c", f"ipc://{sockets}/c", listen=both.remote_address, security=security)
         for endpoint in (both, near, far):
             endpoint.close()
 

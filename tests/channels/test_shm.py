@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from shm_reader import Take
 
 from channels import payload
-from channels.endpoint import SHARED_FRAME_BYTES, ZmqEndpoint
 from channels.errors import BadFrame
+from channels.socket_endpoint import SHARED_FRAME_BYTES, SocketEndpoint
 from channels.tensors.allocator import ALIGNMENT, FreeList, aligned
 from channels.tensors.shm import SEGMENT_BYTES, Place, SharedArena, SharedViews
 
@@ -235,7 +235,7 @@ def test_two_processes(run: Run, sockets: Path, reader: Callable[[Path, str], Re
     """A view outlives the producer's interest and the next item; its block comes back when it is dropped."""
 
     async def main() -> None:
-        writer = ZmqEndpoint("writer", f"ipc://{sockets}/writer", shared_dir=sockets / "shared")
+        writer = SocketEndpoint("writer", f"ipc://{sockets}/writer", shared_dir=sockets / "shared")
         other = reader(sockets, writer.address)
         assert await other.says() == "ready"
         writer.connect("reader", other.address)
@@ -273,7 +273,7 @@ def test_a_killed_reader_leaves_its_blocks(
     """Once the producer hears that it is gone."""
 
     async def main() -> None:
-        writer = ZmqEndpoint("writer", f"ipc://{sockets}/writer", shared_dir=sockets / "shared")
+        writer = SocketEndpoint("writer", f"ipc://{sockets}/writer", shared_dir=sockets / "shared")
         other = reader(sockets, writer.address)
         await other.says()
         writer.connect("reader", other.address)
@@ -295,9 +295,9 @@ def test_packed_once_sent_to_many(run: Run, sockets: Path) -> None:
     """A payload that goes to another peer is not copied again; a peer across a network gets the bytes."""
 
     async def main() -> None:
-        writer = ZmqEndpoint("writer", f"ipc://{sockets}/w", shared_dir=sockets / "shared")
-        near = ZmqEndpoint("near", f"ipc://{sockets}/n", shared_dir=sockets / "shared")
-        far = ZmqEndpoint("far", "tcp://127.0.0.1:*")
+        writer = SocketEndpoint("writer", f"ipc://{sockets}/w", shared_dir=sockets / "shared")
+        near = SocketEndpoint("near", f"ipc://{sockets}/n", shared_dir=sockets / "shared")
+        far = SocketEndpoint("far", "tcp://127.0.0.1:*")
         arrived: asyncio.Queue[np.ndarray] = asyncio.Queue()
         for peer in (near, far):
             peer.on_message = lambda sender, message, tree: arrived.put_nowait(tree["x"])

@@ -17,9 +17,9 @@ from peer_process import Echo as Note
 
 from channels import messages
 from channels.channel import ChannelRouter
-from channels.endpoint import ZmqEndpoint
 from channels.errors import BadFrame
 from channels.protocol import ChannelOffer
+from channels.socket_endpoint import SocketEndpoint
 from channels.tensors.tcp import CHUNK_BYTES, IDENTITY_SUFFIX, BulkReceiver, Transfer
 
 
@@ -27,8 +27,8 @@ class Pair:
     """Two endpoints that are connected to each other over loopback."""
 
     def __init__(self) -> None:
-        self.a = ZmqEndpoint("a", "tcp://127.0.0.1:*")
-        self.b = ZmqEndpoint("b", "tcp://127.0.0.1:*")
+        self.a = SocketEndpoint("a", "tcp://127.0.0.1:*")
+        self.b = SocketEndpoint("b", "tcp://127.0.0.1:*")
         self.a.connect("b", self.b.address)
         self.b.connect("a", self.a.address)
         self.box: asyncio.Queue[tuple[Any, Any]] = asyncio.Queue()
@@ -131,7 +131,7 @@ def test_garbage_on_the_second_connection(run: Run, caplog: pytest.LogCaptureFix
     """Each is logged and dropped; nothing is allocated for a frame that may not come."""
 
     async def main() -> None:
-        b = ZmqEndpoint("b", "tcp://127.0.0.1:*", max_payload_bytes=8 * CHUNK_BYTES)
+        b = SocketEndpoint("b", "tcp://127.0.0.1:*", max_payload_bytes=8 * CHUNK_BYTES)
         box: asyncio.Queue[Any] = asyncio.Queue()
         b.on_message = lambda _, message, tree: box.put_nowait((message, tree))
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -163,7 +163,7 @@ def test_garbage_on_the_second_connection(run: Run, caplog: pytest.LogCaptureFix
             socket.close(0)
         b.close()
 
-    with caplog.at_level(logging.WARNING, "channels.endpoint"):
+    with caplog.at_level(logging.WARNING, "channels.socket_endpoint"):
         run(main)
     assert sum("dropped frame" in r.getMessage() for r in caplog.records) == 10
 

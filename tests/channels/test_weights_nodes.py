@@ -15,9 +15,10 @@ import torch
 from channel_peers import Run
 from weights_publisher import KEEP, adapter, first_state, update
 
-from channels.endpoint import InlineHub, ZmqEndpoint
 from channels.errors import BadFrame, PeerLost, VersionGone
+from channels.inline import InlineHub
 from channels.messages import Message, decode, encode
+from channels.socket_endpoint import SocketEndpoint
 from channels.weights import WeightsDirectory, WeightsPublished
 from channels.weights import exchange as exchange_module
 from channels.weights import serving as serving_module
@@ -67,7 +68,7 @@ class Node:
     """This node: an endpoint, a directory, and a fetcher for it."""
 
     def __init__(self, directory: Path, name: str = "fetcher", **given: Any) -> None:
-        self.endpoint = ZmqEndpoint(name, "tcp://127.0.0.2:*")
+        self.endpoint = SocketEndpoint(name, "tcp://127.0.0.2:*")
         self.weights = WeightsDirectory(directory, keep=KEEP)
         self.fetcher = WeightsFetcher(self.endpoint, "trainer", self.weights, **given)
         self.endpoint.on_message = self._received

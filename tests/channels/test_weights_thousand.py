@@ -11,8 +11,8 @@ import torch
 from device_fakes import FakeDevice, FakeNode
 from weights_rank import Shards, rank_of
 
-from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
+from channels.socket_endpoint import SocketEndpoint
 from channels.weights import WeightsDirectory
 from channels.weights.delta import WeightsDelta, as_integers
 from channels.weights.device import ALIGNMENT_BYTES, DevicePublisher, DeviceReceiver
@@ -200,7 +200,9 @@ def test_two_nodes_have_the_same_bits_after_every_update(tmp_path: Path) -> None
     async def main() -> set[str]:
         there = WeightsDirectory(tmp_path / "there", keep=3, variant="delta")
         here = WeightsDirectory(tmp_path / "here", keep=3)
-        one, other = (ZmqEndpoint(n, f"tcp://127.0.0.{i}:*") for i, n in enumerate("ab", start=1))
+        one, other = (
+            SocketEndpoint(n, f"tcp://127.0.0.{i}:*") for i, n in enumerate("ab", start=1)
+        )
         server, fetcher = WeightsServer(one, there), WeightsFetcher(other, "a", here)
         one.connect("b", other.address)
         other.connect("a", one.address)

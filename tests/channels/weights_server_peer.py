@@ -13,8 +13,8 @@ from typing import Any
 import uvloop
 from weights_publisher import KEEP, adapter, first_state, update
 
-from channels.endpoint import ZmqEndpoint
 from channels.messages import Message
+from channels.socket_endpoint import SocketEndpoint
 from channels.weights import WeightsDirectory
 from channels.weights.exchange import ForServer
 from channels.weights.serving import WeightsServer
@@ -24,7 +24,7 @@ async def main() -> None:
     """Serve until stdin ends."""
     directory, variant, fetcher = sys.argv[1:]
     weights = WeightsDirectory(directory, keep=KEEP, variant=variant)
-    endpoint = ZmqEndpoint("trainer", "tcp://127.0.0.1:*")
+    endpoint = SocketEndpoint("trainer", "tcp://127.0.0.1:*")
     endpoint.connect("fetcher", fetcher)
     server = WeightsServer(endpoint, weights)
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from flowd_process import Flowd, kill, wait_for
 
-from channels.endpoint import ZmqEndpoint
 from channels.lifecycle import Forget, Heartbeat, Introduce
 from channels.security import Security
+from channels.socket_endpoint import SocketEndpoint
 from flowd.auth import cluster_key
 
 ENDLESS = 100_000
@@ -52,7 +52,7 @@ def far_edge(flowd: Flowd, job: str) -> dict[str, Any] | None:
 
 async def tell(security: Security | None, name: str, *letters: tuple[str, Any]) -> None:
     """Send messages from an endpoint of our own, each to an address."""
-    endpoint = ZmqEndpoint(name, "tcp://127.0.0.1:*", security=security)
+    endpoint = SocketEndpoint(name, "tcp://127.0.0.1:*", security=security)
     for number, (address, message) in enumerate(letters):
         endpoint.connect(str(number), address)
         endpoint.send(str(number), message)

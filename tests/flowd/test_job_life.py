@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from channels.endpoint import InlineHub
+from channels.inline import InlineHub
 from channels.lifecycle import (
     ActorSpec,
     Failed,
