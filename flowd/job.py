@@ -97,7 +97,7 @@ def _parse(text: str, origin: Origin, overrides: Sequence[str]) -> JobConfig:
 
 def dump_job(config: JobConfig) -> str:
     """The whole job, defaults included, as TOML that `parse_job` reads back to an equal value."""
-    return dump_toml({name: msgspec.structs.asdict(section) for name, section in _sections(config)})
+    return dump_toml({name: msgspec.to_builtins(section) for name, section in _sections(config)})
 
 
 def _sections(config: JobConfig) -> Iterable[tuple[str, msgspec.Struct]]:

@@ -85,7 +85,7 @@ def check_rules(config: JobConfig, origin: Origin) -> None:
 
     def require(holds: bool, section: str, key: str, sentence: str) -> None:
         if not holds:
-            value = value_text(getattr(getattr(config, section), key))
+            value = value_text(msgspec.to_builtins(getattr(getattr(config, section), key)))
             raise JobFileError(
                 f"{origin.where(section, key)}: [{section}] {key} = {value} {sentence}"
             )
@@ -230,6 +230,18 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
         "use 0, or give the KL a weight",
     )
     require(
+        not (config.trainer.compile and config.policy is not None),
+        "trainer",
+        "compile",
+        "is for language models: leave it out",
+    )
+    require(
+        not (config.model.lora is not None and config.policy is not None),
+        "model",
+        "lora",
+        "is for language models: leave [model.lora] out",
+    )
+    require(
         not (config.inference.devices and config.policy is not None),
         "inference",
         "devices",
@@ -301,6 +313,8 @@ def _check_values(config: JobConfig, origin: Origin) -> None:
 
 
 def _leaves(value: Any) -> Iterable[Any]:
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):

@@ -17,9 +17,10 @@ from actors.algorithms.config import PAPERS, AlgorithmConfig, resolve, scope
 from actors.algorithms.contract import Algorithm, TokenBatch
 from actors.backends import batch_statistics
 from actors.backends.host_copies import HostCopies
+from actors.backends.lora import LoraAdapter
 from actors.backends.optimizer import MOMENTS, Optimizer
 from actors.backends.ranks import Ranks
-from actors.backends.reading import Reader
+from actors.backends.reading import Reader, Readings
 from actors.backends.schedule import learning_rate
 from actors.backends.sharding import ShardedModule, Sharding, part_of
 from actors.backends.token_logprobs import TokenLogprobs
@@ -32,8 +33,11 @@ from actors.backends.training_batches import (
     turn_numbers,
 )
 from actors.episodes import Group
+from actors.models.config import LoraConfig
 from actors.trainer.config import TrainerConfig
 from channels.weights.sharded import local
+
+ADAPTER = "adapter."
 
 
 class HFTrainingEngine:
@@ -50,6 +54,7 @@ class HFTrainingEngine:
     process_group: of all ranks, or None for one
     keep_reference: False where groups bring the reference's log-probs, see actors.inference
     total_steps: of the job, for the schedule of the learning rate
+    lora: an adapter, drawn from `seed`, is trained instead of the model; the model without it is the reference
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class HFTrainingEngine:
         device: str | torch.device = "cpu",
         process_group: dist.ProcessGroup | None = None,
         keep_reference: bool = True,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(True)
@@ -79,10 +86,12 @@ class HFTrainingEngine:
         self._normalization = self._logprobs.normalization(settings.gamma)
         self._needs_reference = keep_reference and settings.kl_coefficient > 0
         self._reference: Reader | None = None
+        self._lora_config, self._seed = lora, seed
+        self._lora: LoraAdapter | None = None
         self._sharding: Sharding | None = None
-        compute = torch.bfloat16 if config.dtype == "bfloat16" else self._dtype
-        if process_group is not None or compute != self._dtype:
-            self._sharding = Sharding(process_group, self.device, compute)
+        self._compute = torch.bfloat16 if config.dtype == "bfloat16" else self._dtype
+        if process_group is not None or self._compute != self._dtype:
+            self._sharding = Sharding(process_group, self.device, self._compute)
         self._sharded: dict[Reader, ShardedModule] = {}
         self._name_parameters()
         self._optimizer: Optimizer | None = None
@@ -221,8 +230,8 @@ class HFTrainingEngine:
             return
         for batch in micro_batches(sequences, self._config.micro_batch_tokens):
             packed = self._logprobs.batch(batch, self.device)
-            if self._reference is not None:
-                read = self._reference(packed, self._dtype)
+            if self._needs_reference:
+                read = self._read_reference(packed)
                 for sequence, values in packed.by_sequence(read.logprobs):
                     sequence.reference = values
             if not (critic or proximal):
@@ -236,6 +245,15 @@ class HFTrainingEngine:
                     sequence.values = values
                 for sequence, value in zip(batch, read.last_values.tolist(), strict=True):
                     sequence.last_value = value
+
+    def _read_reference(self, packed: Any) -> Readings:
+        if self._lora is not None:
+            with self._lora.off():
+                read: Readings = self._logprobs(packed, self._dtype)
+            return read
+        assert self._reference is not None
+        read = self._reference(packed, self._dtype)
+        return read
 
     def _train(self, sequences: list[TrainingSequence], denominator: float) -> None:
         """Add the gradients and sums of these sequences to those of the update. Collective at the update's first."""
@@ -306,17 +324,25 @@ class HFTrainingEngine:
     # Weights and state.
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters under their Hugging Face names, tied ones once: the masters themselves."""
+        """The policy's parameters under their Hugging Face names, tied ones once: the masters themselves. An adapter is
+        merged in, then they are in the precision of the frozen weights."""
+        if self._lora is not None:
+            yield from self._lora.merged(self.model)
+            return
         for name, parameter in self._published.items():
             yield name, parameter.detach()
 
     def state(self) -> dict[str, Tensor]:
         """Parameters "model.*" (the critic's "model.critic.*"), moments "exp_avg.*" and "exp_avg_sq.*", the counters
         "steps" (of the schedule) and "updates" (of the optimizer), "reference.*" where there is one; not copies,
-        and DTensors where sharded."""
+        and DTensors where sharded. With an adapter "model.*" has it merged in, "base.*" has not, and "adapter.*" is it.
+        """
         updates, moments = (0, {}) if self._optimizer is None else self._optimizer.moments()
         tensors = self._parameters | self._buffers
-        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        named = {_saved_as(name): tensor for name, tensor in tensors.items()}
+        if self._lora is not None:
+            named |= {f"model.{name}": tensor for name, tensor in self.weights()}
+            named |= {f"base.{name}": p for name, p in self._published.items()}
         if self._reference is not None:
             named |= {f"reference.{n}": p for n, p in self._reference.model.named_parameters()}
         return {
@@ -332,6 +358,7 @@ class HFTrainingEngine:
         A state from before the first step has no reference: its own weights are the reference.
         """
         updates = int(state.get("updates", torch.tensor(0)))
+        self._put_adapter_on()
         self._check_fits(state, updates)
         optimizer = self._ready()
         for sharded in self._sharded.values():
@@ -339,7 +366,12 @@ class HFTrainingEngine:
         self._steps = int(state["steps"])
         with torch.no_grad():
             for name, tensor in (self._parameters | self._buffers).items():
-                tensor.copy_(part_of(state[f"model.{name}"], tensor))
+                if _saved_as(name) in state:  # else an adapter that had not begun
+                    tensor.copy_(part_of(state[_saved_as(name)], tensor))
+            if self._lora is not None:
+                for name, tensor in self._published.items():
+                    given = state.get(f"base.{name}", state[f"model.{name}"])
+                    tensor.copy_(part_of(given, tensor))
             optimizer.load_moments(updates, state)
             if self._reference is not None:
                 for name, parameter in self._reference.model.named_parameters():
@@ -347,15 +379,20 @@ class HFTrainingEngine:
                     parameter.copy_(part_of(given, parameter))
 
     def _check_fits(self, state: Mapping[str, Tensor], updates: int) -> None:
-        prefixes = ("model", *MOMENTS) if updates else ("model",)
+        begun = int(state.get("steps", torch.tensor(0))) > 0
+        expected: dict[str, Tensor] = {f"model.{n}": p for n, p in self._published.items()}
+        for name, parameter in self._parameters.items():
+            if begun or not name.startswith(ADAPTER):
+                expected[_saved_as(name)] = parameter
+            if updates:
+                expected |= {f"{moment}.{name}": parameter for moment in MOMENTS}
         wrong = [name for name in ("steps", "updates") if name not in state]
         wrong += [
-            f"{prefix}.{name}"
-            for name, parameter in self._parameters.items()
-            for prefix in prefixes
-            if (found := state.get(f"{prefix}.{name}")) is None or found.shape != parameter.shape
+            name
+            for name, tensor in expected.items()
+            if (found := state.get(name)) is None or found.shape != tensor.shape
         ]
-        if self._needs_reference and int(state.get("steps", torch.tensor(0))):
+        if self._needs_reference and self._lora is None and begun:
             wrong += [
                 f"reference.{name}" for name in self._published if f"reference.{name}" not in state
             ]
@@ -368,24 +405,39 @@ class HFTrainingEngine:
     def _ready(self) -> Optimizer:
         """What a step needs beside the model: made, and sharded, only once the model's first weights are settled."""
         if self._optimizer is None:
-            if self._needs_reference:
+            self._put_adapter_on()
+            if self._needs_reference and self._lora is None:
                 self._reference = self._logprobs.frozen_copy()
             if self._config.gradient_checkpointing:
                 _checkpoint_layers(self._logprobs)
-            if self._sharding is not None:
+            if self._config.compile:
                 for module in self._modules():
-                    self._sharded[module] = self._sharding.shard(module, module.exact())
+                    module.compile_blocks()
+            if self._sharding is not None:
+                # An adapter is small: every rank has it whole, and in the masters' precision.
+                whole = [] if self._lora is None else list(self._lora.parameters().values())
+                for module in self._modules():
+                    self._sharded[module] = self._sharding.shard(module, module.exact(), whole)
                 self._name_parameters()
-            self._optimizer = Optimizer(
-                self._parameters, self._config, self._ranks, sharded=bool(self._sharded)
-            )
+            self._optimizer = Optimizer(self._parameters, self._config, self._ranks)
         return self._optimizer
 
+    def _put_adapter_on(self) -> None:
+        if self._lora_config is not None and self._lora is None:
+            self._lora = LoraAdapter(
+                self.model, self._lora_config, seed=self._seed, compute_dtype=self._compute
+            )
+            self._name_parameters()
+
     def _name_parameters(self) -> None:
-        parameters = dict(self.model.named_parameters())  # tied ones once
         kept = self.model.state_dict(keep_vars=True)
         self._buffers = {name: kept[name] for name, _ in self.model.named_buffers() if name in kept}
-        self._published = parameters | self._buffers
+        if self._lora is None:
+            parameters = dict(self.model.named_parameters())  # tied ones once
+            self._published = parameters | self._buffers
+        else:
+            self._published = self._lora.base(self.model)
+            parameters = {f"{ADAPTER}{n}": p for n, p in self._lora.parameters().items()}
         self._parameters = parameters | self._logprobs.beside()
 
     def _modules(self) -> list[Reader]:
@@ -432,6 +484,10 @@ class HFTrainingEngine:
             *(buffer for each in modules for buffer in each.buffers()),
             *(local(tensor) for tensor in kept),
         ]
+
+
+def _saved_as(name: str) -> str:
+    return name if name.startswith(ADAPTER) else f"model.{name}"
 
 
 def _checkpoint_layers(reader: Reader) -> None:

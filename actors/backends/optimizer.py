@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from actors.backends.ranks import Ranks
 from actors.backends.sharding import part_of
@@ -15,20 +16,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """Over this rank's shards of named parameters, or over whole ones."""
+    """Over this rank's shards of named parameters, or over whole ones.
+
+    Gradients of sharded ones are summed over the ranks when they come here, those of whole ones are not yet.
+    """
 
     def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        config: TrainerConfig,
-        ranks: Ranks,
-        *,
-        sharded: bool,
+        self, parameters: Mapping[str, Tensor], config: TrainerConfig, ranks: Ranks
     ) -> None:
         self._parameters = dict(parameters)
         self._max_grad_norm = config.max_grad_norm
         self._ranks = ranks
-        self._sharded = sharded
         self._adam = torch.optim.AdamW(
             self._parameters.values(),
             lr=config.learning_rate,
@@ -48,17 +46,16 @@ class Optimizer:
 
         Where loss or norm is not finite, or no token was trained, the weights and moments stay.
         """
-        gradients = []
+        parts: list[Tensor] = []
+        whole: list[Tensor] = []
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append(local(parameter.grad))
+            (parts if isinstance(parameter, DTensor) else whole).append(local(parameter.grad))
+        self._sum_over_ranks(whole)
+        gradients = [*parts, *whole]
         torch._foreach_div_(gradients, max(denominator, 1.0))
-        norms = torch.stack(torch._foreach_norm(gradients))
-        if self._sharded:
-            norm = float(self._ranks.sum_(norms.square().sum()).sqrt())
-        else:
-            norm = float(torch.linalg.vector_norm(norms))
+        norm = float(self._norm(parts, whole))
         if norm > self._max_grad_norm:
             torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))
         if np.isfinite((loss, norm)).all() and tokens:
@@ -67,6 +64,22 @@ class Optimizer:
             self._adam.step()
         self.forget_gradients()
         return norm
+
+    def _norm(self, parts: list[Tensor], whole: list[Tensor]) -> Tensor:
+        """Of all gradients together: of those in parts, over the ranks."""
+        norms = torch._foreach_norm(whole) if whole else ()
+        if parts:
+            squares = torch.stack(torch._foreach_norm(parts)).square().sum()
+            norms = (*norms, self._ranks.sum_(squares).sqrt())
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
+        if self._ranks.group is None or not gradients:
+            return
+        flat = self._ranks.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
+        pieces = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
 
     def moments(self) -> tuple[int, dict[str, Tensor]]:
         """How many updates there were, and after one "exp_avg.*" and "exp_avg_sq.*" by parameter, not copied."""

@@ -81,6 +81,12 @@ class Reader(nn.Module):
         """The transformers models in it, whose blocks may compute activations again in the backward pass."""
         return []
 
+    def compile_blocks(self) -> None:
+        """Compile each transformer block's forward pass, without the hooks around it, and what reads the logits."""
+        raise ValueError(
+            f"{type(self.model).__name__} is not compiled: leave [trainer] compile out"
+        )
+
     def normalization(self, gamma: float) -> Normalization | None:
         """What normalises by running statistics, where the model asks for it."""
         return None

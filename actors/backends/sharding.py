@@ -32,29 +32,48 @@ class Sharding:
         else:
             self._mesh = DeviceMesh.from_group(group, device.type)
 
-    def shard(self, root: nn.Module, exact: Sequence[nn.Module] = ()) -> "ShardedModule":
+    def shard(
+        self,
+        root: nn.Module,
+        exact: Sequence[nn.Module] = (),
+        unsharded: Sequence[nn.Parameter] = (),
+    ) -> "ShardedModule":
         """Replace the parameters of a module by this rank's shards. Every rank has the same module; nothing is sent.
 
         exact: modules in it that compute in the masters' precision
+        unsharded: parameters that stay whole on every rank, whose gradients the caller sums
         """
-        dtypes = {parameter.dtype for parameter in root.parameters() if parameter.requires_grad}
+        ignored = set(unsharded)
+        dtypes = {p.dtype for p in root.parameters() if p.requires_grad and p not in ignored}
         masters = dtypes.pop() if dtypes else self._compute_dtype
         mixed = MixedPrecisionPolicy(
             param_dtype=self._compute_dtype, reduce_dtype=masters, cast_forward_inputs=False
         )
         for unit in exact:
             fully_shard(unit, mesh=self._mesh, reshard_after_forward=False)
-        for unit in _units(root):
-            fully_shard(unit, mesh=self._mesh, reshard_after_forward=False, mp_policy=mixed)
-        fully_shard(root, mesh=self._mesh, reshard_after_forward=False, mp_policy=mixed)
-        return ShardedModule(root)
+        for unit in blocks(root):
+            self._shard(unit, mixed, ignored)
+        self._shard(root, mixed, ignored)
+        return ShardedModule(root, ignored)
+
+    def _shard(
+        self, module: nn.Module, policy: MixedPrecisionPolicy, ignored: set[nn.Parameter]
+    ) -> None:
+        fully_shard(
+            module,
+            mesh=self._mesh,
+            reshard_after_forward=False,
+            mp_policy=policy,
+            ignored_params=ignored,
+        )
 
 
 class ShardedModule:
     """The life of a sharded module's weights over a step. Its forward on `None` must give a scalar with gradient."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, unsharded: set[nn.Parameter]) -> None:
         self._root = root
+        self._unsharded = unsharded
         self._units = [module for module in root.modules() if isinstance(module, FSDPModule)]
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)
@@ -82,7 +101,7 @@ class ShardedModule:
         """
         if not trained:
             for parameter in self._root.parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and parameter not in self._unsharded:
                     parameter.grad = torch.zeros_like(parameter)
         self._last(True)
         # A backward pass that touches next to nothing: FSDP then finishes the modules that took no part in it.
@@ -128,8 +147,8 @@ def part_of(given: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(given, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _units(root: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered and computed at a time: a model's blocks."""
+def blocks(root: nn.Module) -> Iterator[nn.Module]:
+    """The transformer blocks of the models in a module: what is gathered, or compiled, at a time."""
     names: set[str] = set()
     for module in root.modules():
         names.update(getattr(module, "_no_split_modules", None) or ())

@@ -11,6 +11,7 @@ from actors.backends.critic import Critic
 from actors.backends.packed_attention import PACKED
 from actors.backends.packing import PackedBatch, Packing
 from actors.backends.reading import Reader, Readings
+from actors.backends.sharding import blocks
 from actors.backends.training_batches import TrainingSequence
 from actors.episodes import Sampling
 
@@ -40,6 +41,12 @@ class TokenLogprobs(Reader):
             _check_packs(model)
         self.critic = None if critic is None else Critic(model, own_trunk=critic == "model")
         self._plain_head = _has_plain_head(model)
+        self._read = _read
+
+    def compile_blocks(self) -> None:
+        for block in blocks(self):
+            block.forward = torch.compile(block.forward)
+        self._read = torch.compile(_read)
 
     @property
     def has_critic(self) -> bool:
@@ -69,7 +76,8 @@ class TokenLogprobs(Reader):
         Without a batch, a zero that next to nothing was computed for, with gradient: `ShardedModule` asks for it.
         """
         if batch is None:
-            return (min(self.parameters(), key=Tensor.numel) * 0).sum()
+            trained = [p for p in self.parameters() if p.requires_grad] or self.parameters()
+            return (min(trained, key=Tensor.numel) * 0).sum()
         assert dtype is not None
         targets = batch.tokens[0, batch.places]
         before = batch.places - 1  # the logits at a place predict the token after it
@@ -79,7 +87,7 @@ class TokenLogprobs(Reader):
             output = self._run(self.model, batch, logits_to_keep=kept, output_hidden_states=shared)
             logits = output.logits[0, torch.searchsorted(kept, before)]
             hidden = output.hidden_states[-1][0] if shared else output.logits[0, :0]
-            logprobs, entropies = _read(logits.to(dtype), targets, batch.sampling)
+            logprobs, entropies = self._read(logits.to(dtype), targets, batch.sampling)
         else:
             hidden = self._run(self.model.get_decoder(), batch).last_hidden_state[0]
             logprobs, entropies = self._in_chunks(hidden[before], targets, batch.sampling, dtype)
@@ -100,7 +108,7 @@ class TokenLogprobs(Reader):
         head = self.model.get_output_embeddings()
 
         def read(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            return _read(head(hidden).to(dtype), targets, sampling)
+            return self._read(head(hidden).to(dtype), targets, sampling)
 
         chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // head.weight.shape[0])
         if len(targets) <= chunk:

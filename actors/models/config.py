@@ -15,8 +15,19 @@ Size = Annotated[int, Meta(ge=1)]
 KINDS = ("actor_critic", "tokens")
 
 
+class LoraConfig(Section, frozen=True, kw_only=True):
+    """An adapter that is trained instead of the model (LoRA, arXiv:2106.09685)."""
+
+    rank: Annotated[int, Meta(ge=1)] = 16
+    """Width of the adapter (section 4.1: r)."""
+    alpha: Annotated[int, Meta(ge=1)] = 32
+    """The adapter's product is scaled by alpha / rank (section 4.1)."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Which layers get one, by the last part of their names: ["q_proj", "v_proj"]. "all-linear": all but the head."""
+
+
 class ModelConfig(Section, frozen=True, kw_only=True):
-    """What is trained. With `path` the other fields are not read."""
+    """What is trained. With `path` the other fields are not read, but for lora."""
 
     path: str | None = None
     """A Hugging Face model folder with config, weights and tokenizer."""
@@ -32,6 +43,8 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     """Standard deviation of the random weights; small models learn sooner near 1 / sqrt(hidden_size)."""
     rope_theta: Annotated[float, Meta(gt=0)] = 10_000.0
     """Base of the rotary position embedding; for texts of tens of tokens smaller ones tell places apart sooner."""
+    lora: LoraConfig | None = None
+    """[model.lora]: train an adapter, and keep the model as it is. Also with `path`."""
     tokenizer: str = "characters"
     """The built-in tokenizer: "characters" (digits, letters, punctuation, one token each, with a chat template)."""
 

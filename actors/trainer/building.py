@@ -51,6 +51,8 @@ def build_engine(spec: ActorSpec, config: JobConfig) -> HFTrainingEngine:
         algorithm_config=config.algorithm,
         config=config.trainer,
         total_steps=config.job.steps,
+        lora=config.model.lora,
+        seed=config.job.seed,
         device=device,
         process_group=_process_group(spec, device) if spec.num_ranks > 1 else None,
         keep_reference=not config.inference.devices,

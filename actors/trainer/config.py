@@ -35,6 +35,8 @@ class TrainerConfig(Section, frozen=True, kw_only=True):
     Worth it where the way to a receiver is slow, not within one node's memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compile: bool = False
+    """Compile the blocks and what reads the logits (torch.compile): a minute once, faster steps after."""
     python: str | None = None
     """Another interpreter for this stage; None is flowd's own."""
 

@@ -103,11 +103,13 @@ def cache_key(config: JobConfig, task: Any) -> str:
     if config.model.path is not None:
         files = sorted(p for p in Path(config.model.path).iterdir() if p.is_file())
         folder = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    model = msgspec.to_builtins(config.model)
+    del model["lora"]  # put on afterwards
     what = {
         "versions": [torch.__version__, transformers.__version__],
         "code": [_source(sys.modules[__name__]), _source(sys.modules[type(task).__module__])],
         "seed": config.job.seed,
-        "model": [msgspec.to_builtins(config.model), folder],
+        "model": [model, folder],
         "task": [config.env.task, config.env.args],
         "warmup": msgspec.to_builtins(config.warmup),
     }

@@ -139,6 +139,25 @@ def test_the_head_in_chunks_gives_the_same_step(monkeypatch: pytest.MonkeyPatch)
     assert difference(parameters(chunked), parameters(whole)) < 1e-9
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler comes upon many of torch's own
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16", "gradient_checkpointing": True}])
+def test_compiled_blocks_give_the_same_step(changes: dict[str, Any]):
+    """Rows of several lengths, the second of which makes shapes dynamic; sharded and recomputed too."""
+    found = []
+    for compiled in (False, True):
+        config = TrainerConfig(
+            learning_rate=1e-2, micro_batch_tokens=40, compile=compiled, **changes
+        )
+        trainer = engine(qwen(torch.float32), config)
+        found.append([step(trainer, make_groups()) for _ in range(2)])
+    for eager, faster in zip(*found, strict=True):
+        assert faster["loss"] == pytest.approx(eager["loss"], abs=2e-2 if changes else 1e-5)
+        assert faster["grad_norm"] == pytest.approx(
+            eager["grad_norm"], rel=0.1 if changes else 1e-4
+        )
+
+
 def _rank(rank: int, store: str, results: str) -> None:
     """One of two ranks. It is spawned, so that neither shares anything with the other."""
     torch.set_num_threads(1)

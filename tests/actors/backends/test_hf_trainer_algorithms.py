@@ -142,7 +142,13 @@ KNOBS: dict[str, tuple[str, dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("knob", AlgorithmConfig.__struct_fields__)
+# What of [algorithm] says which groups are trained on is the conductor's, and tested with it.
+CONDUCTORS = {"dynamic_sampling", "filter_key", "filter_range", "max_sampling_rounds"}
+
+
+@pytest.mark.parametrize(
+    "knob", [k for k in AlgorithmConfig.__struct_fields__ if k not in CONDUCTORS]
+)
 def test_every_knob_is_read(knob: str):
     """Turning it alone, the weights after a step are others. A knob without a line in KNOBS fails here too."""
     name, settings, turned = KNOBS[knob]
