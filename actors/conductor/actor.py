@@ -14,7 +14,6 @@ from typing import Any
 from actors.actor import Actor
 from actors.conductor.batches import Batch, Batches, Decision
 from actors.conductor.evaluating import Evaluated, Evaluator, recorded_evaluations
-from actors.conductor.evaluation import score_in
 from actors.conductor.filtering import GroupFilter
 from actors.conductor.guards import Guards
 from actors.conductor.issuing import Issue, Issuer
@@ -25,7 +24,6 @@ from actors.conductor.progress import ProgressWatch
 from actors.conductor.step_line import StageSeconds, step_line
 from actors.errors import ActorError
 from actors.randomness import fold
-from actors.retention import score_commit
 from channels.lifecycle import FLOWD, HandedOver, HandOver, Introduce, JobFinished
 from channels.messages import Message
 from channels.weights import WeightsPublished
@@ -92,7 +90,6 @@ class ConductorActor(Actor):
         self.ended: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self.finishing: tuple[str, str] | None = None  # waits for the last commit
         self.committed_step = -1
-        self.scores: dict[int, float] = {}  # of versions evaluated, while their commit is not there
         self.unsaid: StepRecorded | None = None  # that the trainer was not told yet
         self.handing_over: str | None = None
         self.handed_over = False
@@ -192,8 +189,7 @@ class ConductorActor(Actor):
         self.committed_step, self.unsaid = ready.step, None
         recorded = await self.blocking(recorded_evaluations, self.run_dir)
         self.evaluator.begin_run(self.run_attempt, recorded)
-        self.scores = {version: score_in(line) for version, line in recorded.items()}
-        await self._score_commit(ready.step)
+        await self.blocking(self.evaluator.committed, ready.step)
         self.issuer.restore(ready.step, self.ledger.next_group(), self.ledger.open_groups())
         if begun_before or rolled_back:
             self.event(
@@ -386,19 +382,11 @@ class ConductorActor(Actor):
         line = await self.blocking(self.evaluator.record, message)
         self.evaluator.recorded(message, line)
         self.event("eval", **line)
-        self.scores[message.version] = line["eval_score"]
-        await self._score_commit(message.version)
         self._tell_recorded()
         if self.finishing is not None:
             self._end_when_settled()
         else:
             await self._go_on()
-
-    async def _score_commit(self, version: int) -> None:
-        """Once a version is evaluated and committed, whichever comes first: it decides which checkpoints stay."""
-        score = self.scores.get(version)
-        if score is not None and await self.blocking(score_commit, self.run_dir, version, score):
-            del self.scores[version]
 
     async def _only_evaluate(self) -> None:
         """A job without steps: its rollout actors have the weights."""
@@ -439,7 +427,6 @@ class ConductorActor(Actor):
         await self.blocking(self.evaluator.committed, message.step)
         self.event("commit", step=message.step, seconds=round(message.seconds, 4))
         self.committed_step = message.step
-        await self._score_commit(message.step)
         if self.finishing is not None:
             self._end_when_settled()
         elif self.handing_over is not None and message.step == self.issuer.version:

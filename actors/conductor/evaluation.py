@@ -75,12 +75,6 @@ def score_of(line: Mapping[str, Any]) -> float:
     return score
 
 
-def score_in(line: Mapping[str, Any]) -> float:
-    """The same number, from the line of an evaluation in metrics.jsonl."""
-    score: float = line["eval_reward_mean" if "eval_reward_mean" in line else "eval_greedy"]
-    return score
-
-
 def _metrics(result: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     line: dict[str, Any] = {}
     for mode, name, low_high in (
