@@ -16,6 +16,7 @@ from actors.backends.hf_lane import Lane
 from actors.backends.hf_requests import as_it_came, check_request, finish_on_arrival
 from actors.backends.hf_runner import ModelRunner
 from actors.backends.hf_weights import ModelWeights
+from actors.models.loading import cast_parameters
 from channels.weights.delta import WeightsDelta
 
 
@@ -49,7 +50,8 @@ class HFGenerationEngine:
         version: int = -1,
     ) -> None:
         self._device = torch.device(device)
-        model.eval().requires_grad_(False).to(device=self._device, dtype=dtype)
+        model.eval().requires_grad_(False).to(device=self._device)
+        cast_parameters(model, dtype)
         self._runner = ModelRunner(model, self._device)
         self._vocabulary_size = self._runner.vocabulary_size
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

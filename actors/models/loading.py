@@ -35,6 +35,16 @@ def build_model(
     return _load_folder(Path(config.path), dtype=dtype)
 
 
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Change the parameters' dtype, in place, and leave buffers as they are.
+
+    The frequencies of rotary embeddings stay in float32, as the trainer has them: in bfloat16 angles would be off by
+    whole radians after some hundred positions.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def save_pretrained_folder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
@@ -77,7 +87,8 @@ def _random_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(model_config)
-    return model.to(dtype).eval(), tokenizer
+    cast_parameters(model, dtype)
+    return model.eval(), tokenizer
 
 
 def _load_folder(

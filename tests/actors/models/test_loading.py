@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from actors.backends.hf_engine import HFGenerationEngine
 from actors.models.config import ModelConfig
 from actors.models.loading import build_model, save_pretrained_folder
 
@@ -38,6 +39,23 @@ def test_the_model_is_ready_to_generate_and_fits_its_tokenizer():
     assert model.lm_head.weight.shape == (len(tokenizer), 16)
     assert model.dtype == torch.bfloat16
     assert not model.training
+
+
+def test_rotary_frequencies_are_the_same_in_every_precision():
+    """Those that the trainer has: also in the engine that samples in bfloat16."""
+    exact = build_model(TINY, seed=0)[0].model.rotary_emb.inv_freq
+    model, _ = build_model(TINY, seed=0, dtype=torch.bfloat16)
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+    model, tokenizer = build_model(TINY, seed=0)
+    HFGenerationEngine(
+        model,
+        max_running=1,
+        max_context_tokens=8,
+        pad_token=tokenizer.pad_token_id,
+        dtype=torch.bfloat16,
+    )
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
