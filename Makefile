@@ -40,9 +40,9 @@ test: install lint types
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 
-# Every simulator that is installed, ours too, through the contract check.
+# Every simulator that is installed, ours too, through the contract check; and the shipped jobs that act in one.
 test-robots: install-robots
-	$(ROBOTS_BIN)/python -m pytest -q tests/sim
+	$(ROBOTS_BIN)/python -m pytest -q tests/sim tests/test_configs.py
 
 lint: install
 	$(BIN)/ruff check .

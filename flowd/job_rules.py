@@ -34,7 +34,6 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "tokenizer"): ("characters",),
 }
 STAGES_WITH_PYTHON = ("env", "rollout", "inference", "trainer")
-TEXT_TASKS = "sim.text."
 LARGEST_WHOLE_NUMBER = 2**63 - 1  # of TOML and of the wire
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -136,14 +135,10 @@ def _check_evaluation(config: JobConfig, require: Any) -> None:
     )
     section = "eval" if evaluation.task or evaluation.args else "env"
     task = evaluation.task or config.env.task
-    if _is_text_task(task):
+    if task in TASKS:
         _check_task(section, *evaluation_env(config.env, evaluation), require)
     else:
         _check_task(section, task, evaluation.args, require)
-
-
-def _is_text_task(task: str) -> bool:
-    return TASKS.get(task, "").startswith(TEXT_TASKS)
 
 
 def _check_task(section: str, task: str, args: Mapping[str, Any], require: Any) -> None:

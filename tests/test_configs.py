@@ -1,5 +1,7 @@
 """Every shipped job file loads, says what it is for, and fits its task."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,21 @@ from sim.registry import make
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.toml"))
+SIMULATED = [path for path in FILES if "\n[policy]\n" in path.read_text()]
+ASSETS = Path(__file__).parents[1] / "../shared/data"
+ASSETS_OF = {"libero_object_ppo": "libero/assets", "maniskill_carrot_ppo": "maniskill"}
 ROW = '{"question": "What is 2 + 2?", "answer": "It is 4.\\n#### 4"}\n'
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+every_text_file = pytest.mark.parametrize(
+    "path", [path for path in FILES if path not in SIMULATED], ids=lambda path: path.stem
+)
+every_simulated_file = pytest.mark.parametrize("path", SIMULATED, ids=lambda path: path.stem)
 
 
 @pytest.fixture
 def stand_ins(tmp_path: Path) -> dict[str, Path | str]:
-    """What a user brings: a model folder and data files, by the key that names them."""
+    """What a user brings: a model folder, data files and an interpreter with simulators, by the key that names them."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -29,7 +38,12 @@ def stand_ins(tmp_path: Path) -> dict[str, Path | str]:
     data.write_text(ROW)
     fields = '{question = "question", answer = "answer", solution = "answer"}'
     sources = f'[{{path = "{data}", fields = {fields}}}, {{path = "{data}", name = "b", fields = {fields}}}]'
-    return {"model.path": model, "env.args.path": data, "env.args.sources": sources}
+    return {
+        "model.path": model,
+        "env.args.path": data,
+        "env.args.sources": sources,
+        "env.python": sys.executable,
+    }
 
 
 def load(path: Path, stand_ins: dict[str, Path | str]) -> JobConfig:
@@ -39,6 +53,7 @@ def load(path: Path, stand_ins: dict[str, Path | str]) -> JobConfig:
         "model.path": "[model]\npath =",
         "env.args.path": "[env.args]\npath =",
         "env.args.sources": "[[env.args.sources]]\npath =",
+        "env.python": '\npython = ".venv-robots/bin/python"\n',
     }
     named = [key for key in stand_ins if section[key] in text]
     return load_job(path, [f"{key}={stand_ins[key]}" for key in named])
@@ -58,7 +73,7 @@ def test_shipped_file_begins_with_a_comment(path: Path) -> None:
     assert lines
     assert all(line.startswith("#") for line in lines)
     comment = " ".join(lines)
-    assert "GRPO" in comment
+    assert "GRPO" in comment or "PPO" in comment
     assert "CPU cores" in comment or "GPU" in comment
     assert "minutes" in comment or "time" in comment
 
@@ -80,7 +95,7 @@ def test_readme_has_a_row_for_the_file(path: Path) -> None:
     assert all(cells)
 
 
-@every_file
+@every_text_file
 def test_shipped_file_fits_its_task(path: Path, stand_ins: dict[str, Path | str]) -> None:
     """The task takes the arguments; its worked episodes fit in the turns that the job allows."""
     config = load(path, stand_ins)
@@ -94,6 +109,41 @@ def test_shipped_file_fits_its_task(path: Path, stand_ins: dict[str, Path | str]
         assert task.examples([0])
         assert config.max_turns == 1
     task.close()
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from actors.env.arrays import check_fit
+from flowd.job import load_job
+from sim.errors import MissingDependency
+from sim.registry import make
+
+config = load_job(Path(sys.argv[1]), sys.argv[2:])
+try:
+    env = make(config.env.task, num_slots=1, args=config.env.args)
+except MissingDependency as error:
+    print(error)
+    sys.exit(77)
+check_fit(config.policy, env)
+"""
+
+
+@every_simulated_file
+def test_shipped_file_fits_its_simulator(path: Path, stand_ins: dict[str, Path | str]) -> None:
+    """Observations and actions of [policy] are the simulator's. In a process of its own, as ManiSkill reads one
+    folder of assets a process.
+    """
+    config = load(path, stand_ins)
+    overrides = [f"env.python={sys.executable}"] if config.env.python else []
+    assets = ASSETS / ASSETS_OF.get(path.stem, ".")
+    if path.stem in ASSETS_OF and assets.is_dir():
+        overrides.append(f"env.args.path={assets}")
+    command = [sys.executable, "-c", OPEN, str(path), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
 
 
 @every_file
