@@ -108,7 +108,8 @@ def check_rules(config: JobConfig, origin: Origin) -> None:
             stage,
             "python",
             "is not a program that can be run; "
-            "give the python of a virtual environment, as in /path/to/.venv/bin/python",
+            "give the python of a virtual environment, as in /path/to/.venv/bin/python; "
+            "make install-robots makes .venv-robots",
         )
 
 
