@@ -8,7 +8,7 @@ ROBOTS := .venv-robots
 ROBOTS_BIN := $(ROBOTS)/bin
 ROBOTS_STAMP := $(ROBOTS)/.installed
 
-.PHONY: install install-robots demo test test-slow test-robots lint types clean
+.PHONY: install install-robots demo algorithms test test-slow test-robots lint types clean
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ $(ROBOTS_STAMP): pyproject.toml constraints.txt constraints-robots.txt
 
 demo: install
 	$(BIN)/python -m flowd.demo
+
+# Every algorithm on one task, into docs/algorithms.md: within an hour on two idle cores, and resumable.
+algorithms: install
+	$(BIN)/python -m bench.algorithms
 
 test: install lint types
 	$(BIN)/python -m pytest -q -m "not slow"

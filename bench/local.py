@@ -19,6 +19,11 @@ MODULES = {"flowd": "flowd", "flowctl": "flowd.flowctl"}
 POLL_S = 0.05
 
 
+def overrides(changes: Mapping[str, Any]) -> list[str]:
+    """What `--set` takes, of keys and values."""
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
 class Flowd:
     """A flowd of its own, stopped at the end."""
 
@@ -41,10 +46,12 @@ class Flowd:
             raise RuntimeError(f"{' '.join(command)} gave {done.returncode}: {done.stderr[-3000:]}")
         return done.stdout
 
-    def submit(self, name: str, changes: Mapping[str, Any]) -> None:
-        """Start a job: the demo's with changes."""
-        words = [w for k, v in {"job.name": name, **changes}.items() for w in ("--set", f"{k}={v}")]
-        self.call("flowctl", "submit", CONFIG, *words)
+    def submit(self, name: str, changes: Mapping[str, Any], config: str = CONFIG) -> None:
+        """Start a job: the demo's, or that of another file, with changes."""
+        words = [
+            word for each in overrides({"job.name": name, **changes}) for word in ("--set", each)
+        ]
+        self.call("flowctl", "submit", config, *words)
 
     def wait(self, name: str) -> None:
         """Follow a job to its end."""
