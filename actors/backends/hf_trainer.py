@@ -22,7 +22,7 @@ from actors.backends.optimizer import MOMENTS, Optimizer
 from actors.backends.ranks import Ranks
 from actors.backends.reading import Reader, Readings
 from actors.backends.schedule import learning_rate
-from actors.backends.sharding import ShardedModule, Sharding, part_of
+from actors.backends.sharding import ShardedModule, Sharding, local, part_of
 from actors.backends.token_logprobs import TokenLogprobs
 from actors.backends.training_batches import (
     GroupsLaidOut,
@@ -35,7 +35,6 @@ from actors.backends.training_batches import (
 from actors.episodes import Group
 from actors.models.config import LoraConfig
 from actors.trainer.config import TrainerConfig
-from channels.weights.sharded import local
 
 ADAPTER = "adapter."
 

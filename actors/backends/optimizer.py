@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from actors.backends.ranks import Ranks
-from actors.backends.sharding import part_of
+from actors.backends.sharding import local, part_of
 from actors.trainer.config import TrainerConfig
-from channels.weights.sharded import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -139,6 +139,15 @@ class ShardedModule:
             unit.set_reshard_after_backward(last, recurse=False)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing memory with it; the tensor itself where it is whole.
+
+    What becomes its `data` becomes the tensor's: that is how memory is moved.
+    """
+    # to_local gives a view of it, whose data is its own.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def part_of(given: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as `like` is sharded, without a word to other ranks; others as they are."""
     if not isinstance(like, DTensor) or isinstance(given, DTensor):

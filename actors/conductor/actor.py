@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.actor import Actor
 from actors.conductor.batches import Batch, Batches, Decision
+from actors.conductor.config import evaluates
 from actors.conductor.evaluating import Evaluated, Evaluator, recorded_evaluations
 from actors.conductor.filtering import GroupFilter
 from actors.conductor.guards import Guards
@@ -125,7 +126,8 @@ class ConductorActor(Actor):
         """Env actors take tickets; a late rollout actor gets the newest weights; a trainer will say where it stands."""
         if peer.kind == "env":
             self.tickets.add_consumer(peer.peer)
-            self.evaluations.add_consumer(peer.peer)
+            if evaluates(self.config.job, self.config.eval):
+                self.evaluations.add_consumer(peer.peer)
         elif peer.kind == "rollout" and self.newest is not None:
             self.endpoint.send(peer.peer, self.newest)
 

@@ -1,15 +1,18 @@
 """The training engine against a slow obvious reference, and its step under every way to split it."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from trainer_cases import (
     SHAPE,
     TRAINER,
@@ -29,6 +32,7 @@ from actors.backends import token_logprobs
 from actors.backends.contract import GenerationRequest
 from actors.backends.hf_engine import HFGenerationEngine
 from actors.backends.hf_trainer import HFTrainingEngine
+from actors.backends.host_copies import HostCopies
 from actors.episodes import Action, Group, Sampling, Segment, Turn
 from actors.randomness import fold
 from actors.trainer.config import TrainerConfig
@@ -436,6 +440,33 @@ def test_memory_is_that_of_weights_and_moments_and_none_when_offloaded():
     trainer.onload()
     assert trainer.memory_bytes() >= 3 * weights_bytes
     assert difference(parameters(trainer), before) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nobody_holds_what_was_moved(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """Memory that is moved elsewhere is free, also where it was sharded; a GPU is played by the CPU."""
+
+    def move(self: HostCopies, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            tensor.data = tensor.data.clone()
+
+    monkeypatch.setattr(HostCopies, "move_to_host", move)
+    trainer = HFTrainingEngine(
+        qwen(torch.float32),
+        algorithm=registry.find("grpo"),
+        algorithm_config=AlgorithmConfig(),
+        config=msgspec.structs.replace(TRAINER, dtype=dtype),
+    )
+    step(trainer, make_groups())
+    before = parameters(trainer)
+    places = [StorageWeakRef(tensor.untyped_storage()) for tensor in trainer._tensors()]
+    trainer.device = torch.device("meta")  # anything but the host
+    trainer.offload()
+    trainer.device = torch.device("cpu")
+    assert [place for place in places if not place.expired()] == []
+    trainer._resident = True
+    assert difference(parameters(trainer), before) == 0
+    assert step(trainer, make_groups())["grad_norm"] > 0
 
 
 @pytest.mark.gpu

@@ -149,7 +149,7 @@ def test_gpu_kernels_agree_with_float32(window: int | None):
     exact = [torch.randn(shape, device=device).bfloat16().float() for shape in shapes]
     read = {}
     for dtype in (torch.float32, torch.bfloat16):
-        given = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        given = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
         output, _ = packed_attention(
             torch.nn.Module(), *given, None, packing=packing, sliding_window=window
         )
