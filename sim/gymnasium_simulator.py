@@ -43,7 +43,7 @@ class GymnasiumSimulator:
             observation=self._named(observation),
             reward=float(reward),
             terminated=bool(terminated),
-            truncated=bool(truncated and not terminated),
+            truncated=bool(truncated),
             success=success,
             info={
                 key: float(value)

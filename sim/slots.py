@@ -20,7 +20,9 @@ Observation = dict[str, Any]  # named arrays and texts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one step of a simulator gave. success: at this step; None where the simulator does not say."""
+    """What one step of a simulator gave. terminated, truncated: as the simulator says, maybe both at once
+    success: at this step; None where the simulator does not say
+    """
 
     observation: Observation
     reward: float

@@ -93,6 +93,16 @@ def test_registered_environments_keep_the_contract(options: dict[str, Any]) -> N
     assert checked.ended == checked.episodes
 
 
+def test_an_end_at_the_registered_limit_that_is_ignored_is_a_truncation() -> None:
+    """Else an episode that is solved at its last step, and stays so, would never end."""
+    env = Gymnasium(1, "Corridor-v0", ignore_terminations=True)
+    env.reset([0], [3])
+    results = [env.step([0], [np.int64(2)])[0] for _ in range(10)]
+    assert results[-1].info["success_at_end"] == 1.0
+    assert [result.truncated for result in results] == [False] * 9 + [True]
+    assert not any(result.terminated for result in results)
+
+
 def test_parts_of_an_observation_have_names() -> None:
     """Nested ones are joined; dtypes are those of the spaces; texts stay texts."""
     env = Gymnasium(1, "Corridor-v0")
