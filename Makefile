@@ -26,7 +26,7 @@ install-robots: $(ROBOTS_STAMP)
 $(ROBOTS_STAMP): pyproject.toml constraints.txt constraints-robots.txt
 	$(PYTHON) -m venv $(ROBOTS)
 	$(ROBOTS_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-robots.txt \
-		-e '.[dev,gymnasium,metaworld,panda,maniskill,libero]'
+		-e '.[dev,gymnasium,metaworld,panda,maniskill,libero,video]'
 	$(ROBOTS_BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints-robots.txt \
 		rlinf-libero robosuite bddl
 	touch $(ROBOTS_STAMP)
@@ -46,7 +46,7 @@ test-slow: install
 
 # Every simulator that is installed, ours too, through the contract check; and the shipped jobs that act in one.
 test-robots: install-robots
-	$(ROBOTS_BIN)/python -m pytest -q tests/sim tests/test_configs.py
+	$(ROBOTS_BIN)/python -m pytest -q tests/sim tests/test_configs.py tests/actors/test_video.py
 
 lint: install
 	$(BIN)/ruff check .

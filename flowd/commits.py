@@ -39,19 +39,11 @@ def chosen_commit(run_paths: RunPaths, step: int | None, *, best: bool) -> int:
     return step
 
 
-def check_language_model(run_paths: RunPaths, config: JobConfig) -> None:
-    """RequestError for a run whose policy is no Hugging Face model."""
-    if config.policy is not None:
-        raise RequestError(
-            f'job "{run_paths.root.name}" trains a policy that acts on arrays ([policy]): Hugging Face folders are '
-            f"for language models; its weights are in {run_paths.checkpoints}, as safetensors"
-        )
-
-
 def write_policy(
     run_paths: RunPaths, config: JobConfig, step: int, folder: Path, dtype: str | None = None
 ) -> dict[str, Any]:
-    """Write the policy of a commit as a Hugging Face folder; what was written, as `actors.trainer.export` says it."""
+    """Write the policy of a commit as a folder for [model] or [policy] path; what was written, as
+    `actors.trainer.export` says it."""
     request = {
         "config": config,
         "run_dir": str(run_paths.root),

@@ -18,7 +18,7 @@ replace = msgspec.structs.replace
 
 
 def evaluation_of_run(trained: JobConfig, name: str) -> JobConfig:
-    """The job that evaluates the model of a run as the run evaluates itself; `with_model` says which weights."""
+    """The job that evaluates the model of a run as the run evaluates itself; `with_weights` says which weights."""
     job = replace(trained.job, name=name, steps=0, mode="disaggregated", stop_reward=None)
     return replace(
         trained,
@@ -40,9 +40,11 @@ def evaluation_of_model(task: str, name: str, model: Path) -> JobConfig:
     )
 
 
-def with_model(config: JobConfig, model: Path) -> JobConfig:
-    """The job with another model, in a folder."""
-    return replace(config, model=ModelConfig(path=str(model)))
+def with_weights(config: JobConfig, folder: Path) -> JobConfig:
+    """The job with the model or policy of a folder that was exported."""
+    if config.policy is not None:
+        return replace(config, policy=replace(config.policy, path=str(folder)))
+    return replace(config, model=ModelConfig(path=str(folder)))
 
 
 def with_task(config: JobConfig, task: str) -> JobConfig:
@@ -78,7 +80,7 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each way of decoding, of all problems and of each part of them."""
     settings = result["settings"]
     sampled = f"temperature {settings['temperature']:g}"
-    if settings["top_k"]:
+    if settings.get("top_k"):
         sampled += f", top {settings['top_k']}"
     made = []
     for part, numbers in {"all": result, **result.get("by", {})}.items():
@@ -95,8 +97,15 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "score": found["reward_mean"],
                 "95 % interval": "" if low is None else f"{low:.3f} to {high:.3f}",
             }
-            row |= {f"pass@{k}": rate for k, rate in found["pass_at"].items()}
-            row |= {"tokens": found["tokens_mean"], **found["info"]}
+            row |= {
+                key: f"{rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})"
+                for key, rate in found["success"].items()
+            }
+            if "max_new_tokens" in settings or numbers["problems"] < found["samples"]:
+                row |= {f"pass@{k}": rate for k, rate in found["pass_at"].items()}
+            if "max_new_tokens" in settings:
+                row["tokens"] = found["tokens_mean"]
+            row |= {key: value for key, value in found["info"].items() if key not in row}
             made.append(row)
     return made
 

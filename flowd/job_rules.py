@@ -67,6 +67,9 @@ def resolve_paths(config: JobConfig) -> JobConfig:
         sections["eval"] = msgspec.structs.replace(config.eval, args=args)
     if config.model.path is not None:
         sections["model"] = msgspec.structs.replace(config.model, path=_absolute(config.model.path))
+    if config.policy is not None and config.policy.path is not None:
+        path = _absolute(config.policy.path)
+        sections["policy"] = msgspec.structs.replace(config.policy, path=path)
     if any(_paths(config.env.args)):
         args = _with_absolute_paths(config.env.args)
         sections["env"] = msgspec.structs.replace(config.env, args=args)
@@ -129,6 +132,12 @@ def _check_evaluation(config: JobConfig, require: Any) -> None:
         f"use at most {max_running}, or raise max_running",
     )
     require(
+        not evaluation.videos or config.policy is not None,
+        "eval",
+        "videos",
+        "are of simulators, and the job has no [policy]: use 0",
+    )
+    require(
         config.job.steps > 0 or config.warmup.steps == 0,
         "warmup",
         "steps",
@@ -169,6 +178,24 @@ def _check_model(config: JobConfig, require: Any) -> None:
         broken = broken_policy_rule(config.policy)
         if broken is not None:
             require(False, "policy", *broken)
+        path = config.policy.path
+        require(
+            path is None or os.path.isdir(path),
+            "policy",
+            "path",
+            "is not a folder; give one that flowctl export wrote",
+        )
+        for section, heat in (
+            ("rollout", config.rollout.temperature),
+            ("eval", config.eval.temperature),
+        ):
+            require(
+                heat in (None, 0, 1),
+                section,
+                "temperature",
+                "does not go with a [policy], which samples from its own distribution: use 1, or 0 for the "
+                "likeliest actions",
+            )
         return
     model = config.model
     if model.path is not None:

@@ -60,6 +60,8 @@ class EvalConfig(Section, frozen=True, kw_only=True):
     """A text in the task's `info`, such as "source": the results are given for each of its values too."""
     record: Annotated[int, Meta(ge=0)] = 2
     """Problems whose samples are written to eval_samples.jsonl."""
+    videos: Annotated[int, Meta(ge=0)] = 0
+    """Problems of a simulator that are filmed (the first sample of each way of decoding), for RUN/videos/."""
 
 
 def evaluates(job: JobSection, evaluation: EvalConfig) -> bool:
@@ -71,8 +73,11 @@ def evaluation_env(env: EnvConfig, evaluation: EvalConfig) -> tuple[str, dict[st
     """Task and arguments that evaluations play. Loads the task's module; raises SimError where there is none."""
     task = evaluation.task or env.task
     args = dict(evaluation.args) if evaluation.task else env.args | evaluation.args
-    if "split" not in evaluation.args and "split" in inspect.signature(find(task)).parameters:
+    parameters = inspect.signature(find(task)).parameters
+    if "split" not in evaluation.args and "split" in parameters:
         args["split"] = "eval"
+    if evaluation.videos and "render" in parameters:
+        args["render"] = True
     return task, args
 
 

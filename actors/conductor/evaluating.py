@@ -153,8 +153,7 @@ class Evaluator:
                 if config.eval.temperature is None
                 else config.eval.temperature
             ),
-            "top_k": config.rollout.top_k,
-            "max_new_tokens": config.rollout.max_new_tokens,
+            **_generation(config),
             "seed": config.eval.seed,
             "success": config.eval.success,
             "success_at": config.eval.success_at,
@@ -162,10 +161,19 @@ class Evaluator:
         whole = {**head, "seconds": line["eval_seconds"], "settings": settings, **result}
         with (self._run_dir / "eval_samples.jsonl").open("ab") as file:
             file.write(b"".join(line_of(one) for a in evaluated.answers for one in a["lines"]))
+        self._write_videos(evaluated)
         _write(evaluation_file(self._run_dir, evaluated.version), line_of(whole))
         self._metrics.write(line, only="eval_")
         score_commit(self._run_dir, evaluated.version, score_of(line))
         return line
+
+    def _write_videos(self, evaluated: Evaluated) -> None:
+        folder = self._run_dir / "videos" / f"step-{evaluated.version:08d}"
+        for answer in evaluated.answers:
+            if answer["video"]:
+                folder.mkdir(parents=True, exist_ok=True)
+                name = f"problem-{answer['problem']}-{answer['mode']}.mp4"
+                (folder / name).write_bytes(answer["video"])
 
     def committed(self, step: int) -> None:
         """A step's commit is on disk: say how good it is, if that is known already; blocking."""
@@ -177,6 +185,13 @@ class Evaluator:
         self._scores[evaluated.version] = score_of(line)
         self._outstanding.popleft()
         self._changed.set()
+
+
+def _generation(config: JobConfig) -> dict[str, Any]:
+    """Settings that only a language model has."""
+    if config.policy is not None:
+        return {}
+    return {"top_k": config.rollout.top_k, "max_new_tokens": config.rollout.max_new_tokens}
 
 
 def evaluation_file(run_dir: Path, version: int) -> Path:

@@ -13,6 +13,7 @@ from actors.conductor.estimators import pass_at_k, powers_of_two, score_interval
 from actors.rollout.config import RolloutConfig
 
 Answer = Mapping[str, Any]
+SUCCESSES = ("success_once", "success_at_end")  # what simulators say of an episode, 0 or 1
 
 
 def tickets(
@@ -37,6 +38,7 @@ def tickets(
             "attempt": run_attempt,
             "run_attempt": run_attempt,
             "record": problem < config.record,
+            "filmed": problem < config.videos,
         }
         for problem in range(config.problems)
         for mode, size, heat, top_k in modes
@@ -89,6 +91,8 @@ def _metrics(result: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     line |= {f"{prefix}pass_at_{k}": rate for k, rate in first["pass_at"].items()}
     line[f"{prefix}tokens_mean"] = first["tokens_mean"]
     line |= {f"{prefix}info_{key}": value for key, value in first["info"].items()}
+    for key, success in first["success"].items():
+        line |= {f"{prefix}info_{key}_{end}": success[end] for end in ("low", "high")}
     return line
 
 
@@ -121,7 +125,19 @@ def _of_mode(config: EvalConfig, answers: Sequence[Answer]) -> dict[str, Any]:
         },
         "tokens_mean": round(_mean(tokens), 2),
         "info": _mean_infos([info for answer in answers for info in answer["infos"]]),
+        "success": {key: found for key in SUCCESSES if (found := _success(key, answers))},
     }
+
+
+def _success(key: str, answers: Sequence[Answer]) -> dict[str, float]:
+    """A success rate with its interval; nothing where an episode does not say."""
+    said = [[info.get(key) for info in answer["infos"]] for answer in answers]
+    if any(each is None for of_problem in said for each in of_problem):
+        return {}
+    interval = score_interval(said)
+    assert interval is not None, "0 and 1 have one"
+    rate = _mean([_mean(of_problem) for of_problem in said])
+    return {"rate": round(rate, 6), "low": round(interval[0], 6), "high": round(interval[1], 6)}
 
 
 def _solved(config: EvalConfig, answer: Answer) -> list[bool]:

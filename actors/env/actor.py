@@ -23,6 +23,7 @@ from actors.conductor.config import evaluates, evaluation_env
 from actors.env.arrays import as_run, check_fit
 from actors.env.evaluating import KEY_OF_EVALUATION, evaluation_seed, outcome
 from actors.env.hosts import Hosts, open_hosts
+from actors.env.video import check_encoder, encode
 from actors.episodes import (
     Action,
     Group,
@@ -51,6 +52,7 @@ class Episode:
     history: Int32 = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     turns: list[Turn] = field(default_factory=list)
     info: dict[str, float | str] = field(default_factory=dict)
+    pictures: list[Any] = field(default_factory=list)  # of one that is filmed
     terminated: bool = False
     truncated: bool = False
 
@@ -89,6 +91,7 @@ class Assignment:
     """Episodes to play together from one seed.
 
     request: as of every turn, but for its turn and samples    key: those of one key prefer one rollout actor
+    filmed: pictures are taken of the first of them
     """
 
     hosts: Hosts
@@ -97,6 +100,7 @@ class Assignment:
     request: TurnRequest
     key: str
     priority: int
+    filmed: bool = False
 
 
 class EnvActor(Actor):
@@ -113,6 +117,8 @@ class EnvActor(Actor):
                 config.env.task, config.env.args, config.rollout.group_size
             )
         if evaluates(config.job, config.eval):
+            if config.eval.videos:
+                check_encoder()
             task, args = evaluation_env(config.env, config.eval)
             self.eval_hosts = await self._open(task, args, max(config.eval.k, 1))
         self.step_seen = -1
@@ -233,7 +239,7 @@ class EnvActor(Actor):
             attempt=ticket["attempt"],
             run_attempt=ticket["run_attempt"],
             seed=ticket["seed"],
-            segments=await self._episodes_again(assignment),
+            segments=tuple(e.segment() for e in await self._episodes_again(assignment)),
         )
         await self.groups.call(group, priority=assignment.priority)
         self.delivered()
@@ -260,12 +266,15 @@ class EnvActor(Actor):
             ),
             key=f"{ticket['mode']}-{ticket['problem']}",
             priority=EVALUATION_PRIORITY,
+            filmed=ticket["filmed"],
         )
-        segments = await self._episodes_again(assignment)
+        episodes = await self._episodes_again(assignment)
+        pictures = episodes[0].pictures
+        video = await self.blocking(encode, pictures) if pictures else b""
         self.delivered()
-        item.ack(outcome(ticket, segments))
+        item.ack(outcome(ticket, [episode.segment() for episode in episodes], video))
 
-    async def _episodes_again(self, assignment: Assignment) -> tuple[Segment, ...]:
+    async def _episodes_again(self, assignment: Assignment) -> list[Episode]:
         """Play a group; from the start where a worker took an episode of it along."""
         slots = assignment.hosts.take(assignment.size)
         try:
@@ -284,19 +293,26 @@ class EnvActor(Actor):
         finally:
             assignment.hosts.give_back(slots)
 
-    async def _episodes(self, assignment: Assignment, slots: Sequence[int]) -> tuple[Segment, ...]:
+    async def _episodes(self, assignment: Assignment, slots: Sequence[int]) -> list[Episode]:
         observations = await assignment.hosts.call("reset", slots, [assignment.seed] * len(slots))
         episodes = [
             Episode(sample, slot, observation)
             for sample, (slot, observation) in enumerate(zip(slots, observations, strict=True))
         ]
         for turn in range(self.config.max_turns):
+            await self._film(assignment, episodes[0])
             await self._turn(assignment, turn, [e for e in episodes if not e.ended])
             if all(episode.ended for episode in episodes):
                 break
+        await self._film(assignment, episodes[0])
         for episode in episodes:
             episode.truncated = episode.truncated or not episode.terminated
-        return tuple(episode.segment() for episode in episodes if episode.turns)
+        return [episode for episode in episodes if episode.turns]
+
+    async def _film(self, assignment: Assignment, episode: Episode) -> None:
+        """Take a picture of a filmed episode, unless its end is on the last one."""
+        if assignment.filmed and len(episode.pictures) <= len(episode.turns):
+            episode.pictures += await assignment.hosts.call("render", [episode.slot], [None])
 
     def _seed(self, ticket: dict[str, Any]) -> int:
         if _counts_seeds(self.hosts):

@@ -23,8 +23,8 @@ def evaluation_seed(seed: int, problem: int, *, counted: bool) -> int:
     return fold(seed, SEED_OF_EVALUATION, problem) >> 1
 
 
-def outcome(ticket: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
-    """What the conductor is told of a problem that was played, each list by sample."""
+def outcome(ticket: dict[str, Any], segments: Sequence[Segment], video: bytes) -> dict[str, Any]:
+    """What the conductor is told of a problem that was played, each list by sample. video: of the first, or nothing"""
     where = {name: ticket[name] for name in ("step", "attempt", "problem", "mode")}
     lines = [line for segment in segments for line in sample_lines(segment, **where)]
     return {
@@ -34,4 +34,5 @@ def outcome(ticket: dict[str, Any], segments: Sequence[Segment]) -> dict[str, An
         "infos": [dict(segment.info) for segment in segments],
         "tokens": [segment.num_tokens for segment in segments],
         "lines": lines if ticket["record"] else [],
+        "video": video,
     }

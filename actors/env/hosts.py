@@ -16,6 +16,7 @@ from sim.registry import make
 from sim.workers import Worker, Workers
 
 CALLS = (
+    "render",
     "step",
     "reset",
 )  # in this order: a step that waits is of an episode that a reset may be about to replace
@@ -109,7 +110,8 @@ class ThreadHost(Host):
         self._blocking = blocking
 
     async def _make(self, name: str, slots: Sequence[int], values: Sequence[Any]) -> list[Any]:
-        results: list[Any] = await self._blocking(getattr(self._env, name), slots, values)
+        of_slots = () if name == "render" else (values,)
+        results: list[Any] = await self._blocking(getattr(self._env, name), slots, *of_slots)
         return results
 
 
@@ -196,7 +198,7 @@ class Hosts:
         return [slot for host in self._hosts for slot in host.free]
 
     async def call(self, name: str, slots: Sequence[int], values: Sequence[Any]) -> list[Any]:
-        """Have "reset" (values: seeds) or "step" (actions) made for slots of one group.
+        """Have "reset" (values: seeds), "step" (actions) or "render" (None) made for slots of one group.
 
         WorkerLost: an episode was lost. Errors of the environment are raised as they are.
         """

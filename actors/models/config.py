@@ -55,6 +55,9 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
     kind: str = "actor_critic"
     """"actor_critic": an MLP, behind a CNN where observations are images. "tokens": a transformer over image patches,
     instruction and proprioception that emits discretised action tokens, the shape of OpenVLA (arXiv:2406.09246)."""
+    path: str | None = None
+    """A folder of `flowctl export` with the weights to begin with, of a policy with the same numbers; None draws them
+    from `job.seed`."""
     observation: dict[str, list[Size]]
     """Arrays of an observation and their shapes: [n] are numbers, [height, width, 3] is an image."""
     instruction: str | None = None

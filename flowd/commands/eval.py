@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flowd.paths import RunPaths, StatePaths
 
 NAME = "eval"
+FILMED = 2  # problems, unless eval.videos says otherwise
 HELP = "evaluate a run's policy or a Hugging Face model folder on a task, with fixed problems"
 
 
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--greedy", action="store_true", help="likeliest tokens alone")
     how.add_argument("--temperature", type=float, metavar="T", help="samples at T alone")
+    parser.add_argument(
+        "--video", metavar="DIR", help="film the first problems of a simulator, as mp4 files in DIR"
+    )
     parser.add_argument("--inline", action="store_true", help="in this process, also beside flowd")
     add_set(parser)
 
@@ -71,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
             run_dir = _carry_out(config, paths, inline=args.inline)
     result = {"target": args.target, **about, "job": name, **_result(run_dir)}
     file = _keep(result, (run_paths or paths).root, name)
+    videos = [] if args.video is None else _copy_videos(run_dir, Path(args.video).expanduser())
     if args.json:
         print_json(result)
         return 0
@@ -78,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     print(table(made, columns(made)))
     settings = "  ".join(f"{key}={value}" for key, value in result["settings"].items())
     hint(f"{settings}  seconds={result['seconds']:g}")
+    for video in videos:
+        hint(str(video))
     hint(f"{file} has all of it; `flowctl samples {name} --eval` shows what was generated")
     return 0
 
@@ -104,18 +111,17 @@ def _of_run(
     import shutil
     import tempfile
 
-    from flowd.commits import check_language_model, write_policy
-    from flowd.evaluation import evaluation_of_run, with_model
+    from flowd.commits import write_policy
+    from flowd.evaluation import evaluation_of_run, with_weights
     from flowd.job import parse_resolved
 
     trained = parse_resolved(run_paths.job_toml.read_text(), str(run_paths.job_toml))
-    check_language_model(run_paths, trained)
     config = _checked(evaluation_of_run(trained, name), args)
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
     try:
         write_policy(run_paths, trained, step, written)
-        yield with_model(config, written)
+        yield with_weights(config, written)
     finally:
         shutil.rmtree(written, ignore_errors=True)
 
@@ -128,6 +134,8 @@ def _checked(config: "JobConfig", args: argparse.Namespace) -> "JobConfig":
     if args.task is not None:
         config = with_task(config, args.task)
     given = {"problems": args.problems, "k": args.k, "seed": args.seed}
+    if args.video is not None:
+        given["videos"] = config.eval.videos or FILMED
     evaluation = replace(config.eval, **{k: v for k, v in given.items() if v is not None})
     evaluation = decoding(evaluation, greedy=args.greedy, temperature=args.temperature)
     config = replace(config, eval=replace(evaluation, record=evaluation.problems))
@@ -143,7 +151,7 @@ def _carry_out(config: "JobConfig", paths: "StatePaths", *, inline: bool) -> Pat
     from flowd.commands.submit import START_S
     from flowd.console import hint
     from flowd.control import ENDED
-    from flowd.errors import NoDaemon
+    from flowd.errors import NoDaemon, RequestError
     from flowd.follow import check_done
     from flowd.job import dump_job
     from flowd.watched import Watched
@@ -153,6 +161,11 @@ def _carry_out(config: "JobConfig", paths: "StatePaths", *, inline: bool) -> Pat
         client = None if inline else ControlClient(paths)
     except NoDaemon:
         client = None
+    if client is None and not inline and config.env.python is not None:
+        raise RequestError(
+            f"[env] python = {config.env.python} is another interpreter than this one, and without a flowd all runs in "
+            "this one: start one (flowd up --detach), or say --inline if the task is installed here too"
+        )
     where = "in this process" if client is None else f"on flowd, as job {name}"
     hint(f"evaluating {config.eval.problems} problems {where}")
     if client is None:
@@ -179,6 +192,15 @@ def _result(run_dir: Path) -> dict[str, Any]:
     (file,) = (run_dir / "evals").glob("step-*.json")
     result: dict[str, Any] = json.loads(file.read_text())
     return result
+
+
+def _copy_videos(run_dir: Path, folder: Path) -> list[Path]:
+    """The videos of the evaluation, in a folder that is made; those of before are written over."""
+    import shutil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = sorted((run_dir / "videos").glob("step-*/*.mp4"))
+    return [Path(shutil.copy(video, folder)) for video in made]
 
 
 def _keep(result: dict[str, Any], root: Path, name: str) -> Path:

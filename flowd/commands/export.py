@@ -1,10 +1,10 @@
-"""`flowctl export`: a commit's policy as a Hugging Face folder."""
+"""`flowctl export`: a commit's policy as a folder, that of a language model as a Hugging Face one."""
 
 import argparse
 from pathlib import Path
 
 NAME = "export"
-HELP = "write the policy of a commit as a Hugging Face folder (config, tokenizer, safetensors)"
+HELP = "write the policy of a commit as a folder; a language model's is a Hugging Face one"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from flowd.commits import check_language_model, chosen_commit, write_policy
+    from flowd.commits import chosen_commit, write_policy
     from flowd.console import hint, print_json
     from flowd.errors import RequestError
     from flowd.job import parse_resolved
@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
     if not above.is_dir():
         raise RequestError(f"{above} is a file: a folder cannot be made in it; name another one")
     config = parse_resolved(run_paths.job_toml.read_text(), str(run_paths.job_toml))
-    check_language_model(run_paths, config)
     exported = write_policy(run_paths, config, step, folder, args.dtype)
     if args.json:
         print_json({"job": name, **exported})
     else:
         print(exported["folder"])
+        section = "model" if config.policy is None else "policy"
         hint(
             f'policy of step {step} of job "{name}", {exported["parameters"]} parameters in '
-            f"{exported['dtype']}; `--set model.path={exported['folder']}` starts a job from it"
+            f"{exported['dtype']}; `--set {section}.path={exported['folder']}` starts a job from it"
         )
     return 0

@@ -574,6 +574,7 @@ def evaluation(problem: int = 0, mode: str = "sampled", **given: Any) -> dict[st
         "attempt": 1,
         "run_attempt": 1,
         "record": True,
+        "filmed": False,
         **given,
     }
 

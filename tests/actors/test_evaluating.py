@@ -46,6 +46,7 @@ class EvalPlay(Play):
                     "infos": [{"correct": reward}] * size,
                     "tokens": [3] * size,
                     "lines": lines if item.payload["record"] else [],
+                    "video": b"",
                 }
             )
 

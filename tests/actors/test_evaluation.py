@@ -21,6 +21,7 @@ def answer(problem: int, mode: str, rewards: list[float], **info: Any) -> dict[s
         "infos": [{"correct": reward, **info} for reward in rewards],
         "tokens": [10] * len(rewards),
         "lines": [],
+        "video": b"",
     }
 
 
@@ -133,3 +134,30 @@ def test_the_tasks_own_arguments_with_its_eval_split() -> None:
         {"max_digits": 5},
     )
     assert evaluation_env(env, EvalConfig(task="arithmetic")) == ("arithmetic", {})
+
+
+def test_success_has_wilsons_interval_where_every_episode_says_it() -> None:
+    """3 of 4, by hand: (0.75 + z²/8 ± z sqrt(0.1875 / 4 + z²/64)) / (1 + z²/4), z = 1.96."""
+    said = [1.0, 1.0, 0.0, 1.0]
+    answers = [answer(n, "greedy", [5.0], success_once=once) for n, once in enumerate(said)]
+    config = EvalConfig(problems=4, k=0)
+    (found,) = (summary(config, answers)["greedy"]["success"],)
+    assert list(found) == ["success_once"]
+    assert found["success_once"]["rate"] == 0.75
+    assert (found["success_once"]["low"], found["success_once"]["high"]) == pytest.approx(
+        (0.30064, 0.95441), abs=1e-4
+    )
+    line = metrics_of(summary(config, answers))
+    assert line["eval_info_success_once"] == 0.75
+    assert line["eval_info_success_once_low"] == found["success_once"]["low"]
+    unsaid = [*answers, answer(4, "greedy", [5.0])]
+    assert summary(EvalConfig(problems=5, k=0), unsaid)["greedy"]["success"] == {}
+
+
+def test_the_first_problems_are_filmed_with_an_environment_that_draws() -> None:
+    """A task that has to be told to render is."""
+    made = tickets(EvalConfig(problems=3, k=0, videos=1), RolloutConfig(), version=0, run_attempt=0)
+    assert [ticket["filmed"] for ticket in made] == [True, False, False]
+    env = EnvConfig(task="gymnasium", args={"id": "CartPole-v1"})
+    assert evaluation_env(env, EvalConfig(videos=1))[1] == {"id": "CartPole-v1", "render": True}
+    assert evaluation_env(env, EvalConfig())[1] == {"id": "CartPole-v1"}

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from flowd_process import Flowd
+import pytest
+from flowd_process import Flowd, lines_of
 
 POINT = Path(__file__).with_name("point_ppo.toml")
 
@@ -20,6 +21,35 @@ def test_ppo_learns_to_reach_and_what_was_trained_was_sampled(flowd: Flowd) -> N
         assert line["staleness_max"] == 0
         assert line["tokens"] <= 16 * 30
     flowd.audit("point")
+
+
+def test_what_was_learnt_is_evaluated_and_begun_with(flowd: Flowd, tmp_path: Path) -> None:
+    """A commit's export is a policy that another job starts from; `flowctl eval` plays fixed starts with it."""
+    if not flowd.run("point").root.exists():
+        assert flowd.ctl("submit", str(POINT), "--follow").returncode == 0
+    words = ("eval", "point", "--episodes", "40", "--greedy", "--seed", "3")
+    result = flowd.ctl_json(*words)
+    found = result["greedy"]
+    assert (result["of_step"], result["problems"]) == (12, 40)
+    assert found["success"]["success_once"]["rate"] == found["info"]["success_once"]
+    table = flowd.ctl(*words[:-2], "--inline")
+    assert table.returncode == 0, table.stderr
+    assert "success_at_end" in table.stdout
+    assert "max_new_tokens" not in table.stderr
+    folder = tmp_path / "policy"
+    told = flowd.ctl_json("export", "point", str(folder))
+    assert sorted(path.name for path in folder.iterdir()) == ["policy.json", "policy.safetensors"]
+    assert told["dtype"] == "float32"
+    begun = ("job.name=begun", "job.steps=0", f"policy.path={folder}")
+    evaluation = ("eval.problems=40", "eval.k=0", "eval.seed=3")
+    changes = [word for change in (*begun, *evaluation) for word in ("--set", change)]
+    done = flowd.ctl("submit", str(POINT), "--follow", *changes)
+    assert done.returncode == 0, done.stderr
+    (line,) = lines_of(flowd.run("begun").metrics)
+    assert line["eval_greedy"] == pytest.approx(found["reward_mean"], rel=1e-3)
+    refused = flowd.ctl("eval", "point", "--temperature", "0.5")
+    assert refused.returncode == 2
+    assert "samples from its own distribution" in refused.stderr
 
 
 def test_chunks_and_lag_go_through_processes(flowd: Flowd) -> None:
