@@ -4,6 +4,11 @@ Keys are 64-bit integers made by folding (job seed, purpose, group, sample, turn
 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"); a draw adds the token position.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX1 = 0xBF58476D1CE4E5B9
@@ -29,3 +34,13 @@ def fold(*parts: int) -> int:
 def uniform(key: int, position: int) -> float:
     """The uniform draw in [0, 1) that belongs to (key, position), with 53 random bits."""
     return (mix(key + (position + 1) * GOLDEN) >> 11) * 2.0**-53
+
+
+def uniform_table(keys: Sequence[int], positions: int) -> NDArray[np.float64]:
+    """`uniform` of every key at positions 0 to positions - 1, bit for bit: float64 [keys, positions]."""
+    mixed = np.array([key & MASK64 for key in keys], dtype=np.uint64)[:, None]
+    mixed = mixed + np.arange(1, positions + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(MIX1)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MIX2)
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -26,13 +26,14 @@ def evaluation_seed(seed: int, problem: int, *, counted: bool) -> int:
 def outcome(ticket: dict[str, Any], segments: Sequence[Segment], video: bytes) -> dict[str, Any]:
     """What the conductor is told of a problem that was played, each list by sample. video: of the first, or nothing"""
     where = {name: ticket[name] for name in ("step", "attempt", "problem", "mode")}
-    lines = [line for segment in segments for line in sample_lines(segment, **where)]
+    recorded = segments if ticket["record"] else ()  # long episodes of arrays are long to write
+    lines = [line for segment in recorded for line in sample_lines(segment, **where)]
     return {
         "problem": ticket["problem"],
         "mode": ticket["mode"],
         "rewards": [segment.episode_return for segment in segments],
         "infos": [dict(segment.info) for segment in segments],
         "tokens": [segment.num_tokens for segment in segments],
-        "lines": lines if ticket["record"] else [],
+        "lines": lines,
         "video": video,
     }

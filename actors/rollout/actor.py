@@ -38,7 +38,6 @@ from channels.weights.device_messages import (
 from channels.work import StageTimes
 
 NOTHING = (-1, -1)  # no version is loaded
-GATHER_S = 0.002  # an idle device starts once no request has come for so long
 PREFETCH = (
     1.25  # requests held beyond what can run, so that the device never waits for a round trip
 )
@@ -180,13 +179,13 @@ class RolloutActor(Actor):
                 await self.lease.__aexit__(None, None, None)
 
     async def _gather(self) -> None:
-        """Wait for the rest of a burst, as long as there is room for it: requests that start together share every
-        decode step, and they come in bursts, one after each step of the trainer.
+        """Wait for the rest of a burst, as long as there is room for it: requests that start together share what is
+        computed, and they come in bursts.
         """
         seen = None
         while self.order != seen and len(self.pending) < self.sampler.at_a_time:
             seen = self.order
-            await asyncio.sleep(GATHER_S)
+            await asyncio.sleep(self.sampler.gather_s)
 
     async def _compute(self, version: tuple[int, int] | None) -> None:
         """One stay on the device: weights if due, new sequences, then tokens until something happens."""

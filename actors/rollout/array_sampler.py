@@ -12,6 +12,7 @@ import numpy as np
 from actors.episodes import Action, Sampling, TurnRequest
 from actors.job_config import JobConfig
 from actors.models.config import PolicyConfig
+from actors.randomness import uniform_table
 from actors.rollout.work import Advanced, Work, sample_key
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class ArraySampler:
         self._weights = ModelWeights(self.policy, torch.device(device), buffers=True)
         self._version = -1 if config.job.steps else 0  # without a trainer the policy is what it is
         self.running: list[Work] = []  # always empty: what is begun is finished
+        self.gather_s = (
+            0.0  # a forward pass is as short as a wait; what comes meanwhile is the next batch
+        )
         self.at_a_time = max(1, config.rollout.max_running // config.rollout.group_size)
         self.has_device = False
 
@@ -110,23 +114,16 @@ class ArraySampler:
     def _act(self, requests: Sequence[TurnRequest], greedy: bool) -> "Acted":
         import torch
 
-        from actors.backends.sampling import as_int64, uniforms
         from actors.models.arrays import stack
 
-        observations = [sample.observation for request in requests for sample in request.samples]
-        keys = [
-            as_int64(sample_key(self._seed, request, sample.sample))
-            for request in requests
-            for sample in request.samples
-        ]
-        draws = self.policy.draws
-        drawn = uniforms(
-            torch.tensor(keys, device=self._device).repeat_interleave(draws),
-            torch.arange(draws, device=self._device).repeat(len(keys)),
-        )
+        samples = [(request, sample) for request in requests for sample in request.samples]
+        keys = [sample_key(self._seed, request, sample.sample) for request, sample in samples]
+        uniforms = np.zeros((len(keys), self.policy.draws))
+        if not greedy:
+            uniforms = uniform_table(keys, self.policy.draws)
         return self.policy.act(
-            stack(observations, self._policy_config, self._device),
-            drawn.view(len(keys), draws),
+            stack([sample.observation for _, sample in samples], self._policy_config, self._device),
+            torch.from_numpy(uniforms).to(self._device),
             greedy=greedy,
         )
 

@@ -47,6 +47,7 @@ class TextSampler:
         self._counters = counters
         self.engine: GenerationEngine | None = None
         self.running: list[Work] = []
+        self.gather_s = 0.002  # what starts together shares every decode step
         self.at_a_time = max(1, config.rollout.max_running // config.rollout.group_size)
         self.by_request: dict[int, tuple[Work, int]] = {}
         self._sampling = Sampling(

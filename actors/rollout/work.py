@@ -51,10 +51,12 @@ class Sampler(Protocol):
     """Finds the actions of requests, on a device. Called in the worker thread, one call at a time.
 
     running: begun and not finished, in order    at_a_time: requests that can run together
+    gather_s: an idle device starts once no request has come for so long; 0 takes what is there
     """
 
     running: list[Work]
     at_a_time: int
+    gather_s: float
 
     @property
     def has_device(self) -> bool:

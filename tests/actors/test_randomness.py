@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.randomness import MASK64, fold, mix, uniform
+from actors.randomness import MASK64, fold, mix, uniform, uniform_table
 
 INTEGERS = st.integers(min_value=0, max_value=MASK64)
 
@@ -76,3 +76,11 @@ def test_neighbouring_keys_draw_independently() -> None:
     between_groups = np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]
     assert abs(between_positions) < 0.06  # about 4 standard errors of 4032 pairs
     assert abs(between_groups) < 0.06
+
+
+@given(st.lists(INTEGERS, max_size=4), st.integers(0, 6))
+def test_a_table_has_the_draws_of_its_keys(keys: list[int], positions: int) -> None:
+    """Bit for bit, as what is sampled may not depend on how."""
+    table = uniform_table(keys, positions)
+    assert table.shape == (len(keys), positions)
+    assert table.tolist() == [[uniform(key, at) for at in range(positions)] for key in keys]
