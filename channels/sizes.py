@@ -24,7 +24,7 @@ def size_bytes(packed: Any) -> int:
             pending.extend(value.values())
         elif isinstance(value, list | tuple):
             pending.extend(value)
-        elif names := _fields(type(value)):
+        elif names := _fields(value.__class__):
             pending.extend([getattr(value, name) for name in names])
         else:
             total += int(getattr(value, "nbytes", 0))  # arrays of numpy, tensors, memoryviews
