@@ -68,9 +68,12 @@ def test_actors_of_two_flowds(flowds: tuple[Flowd, Flowd]) -> None:
     env, rollout = place(one, "near", "env-0"), place(other, "far", "rollout-0")
     assert env.startswith("tcp://127.0.0.1:")
     assert rollout.startswith("tcp://127.0.0.2:")
-    assert {row["transport"] for row in one.request("channels", job="near")["edges"]} == {
-        "shared_memory"
-    }
+
+    def transports() -> set[str]:
+        return {row["transport"] for row in one.request("channels", job="near")["edges"]}
+
+    wait_for(transports, "a heartbeat that tells of channels")
+    assert transports() == {"shared_memory"}
 
     member = Security(cluster_key(other.paths.cluster_key))
     introductions = (
