@@ -7,8 +7,9 @@ STAMP := $(VENV)/.installed
 ROBOTS := .venv-robots
 ROBOTS_BIN := $(ROBOTS)/bin
 ROBOTS_STAMP := $(ROBOTS)/.installed
+METAWORLD_STAMP := $(ROBOTS)/.metaworld-installed
 
-.PHONY: install install-robots demo algorithms test test-slow test-robots lint types clean
+.PHONY: install install-robots demo demo-robot demo-maniskill algorithms test test-slow test-robots lint types clean
 
 install: $(STAMP)
 
@@ -33,6 +34,22 @@ $(ROBOTS_STAMP): pyproject.toml constraints.txt constraints-robots.txt
 
 demo: install
 	$(BIN)/python -m flowd.demo
+
+# What the demo needs of install-robots; the rest can be added to the same environment later.
+$(METAWORLD_STAMP): pyproject.toml constraints.txt constraints-robots.txt
+	$(PYTHON) -m venv $(ROBOTS)
+	$(ROBOTS_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-robots.txt \
+		-e '.[metaworld,video]'
+	touch $(METAWORLD_STAMP)
+
+# A robot arm learns to close a drawer: success curve, picture, and a film of before and after.
+demo-robot: install $(METAWORLD_STAMP)
+	-$(ROBOTS_BIN)/python -m sim.drivers --install
+	$(BIN)/python -m flowd.demo_robot
+
+# Another one to push a cube.
+demo-maniskill: install install-robots
+	$(BIN)/python -m flowd.demo_robot configs/maniskill_pushcube_ppo.toml
 
 # Every algorithm on one task, into docs/algorithms.md: within an hour on two idle cores, and resumable.
 algorithms: install

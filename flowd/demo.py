@@ -25,52 +25,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], help="as in `flowctl submit`")
     args = parser.parse_args(argv)
     paths = StatePaths(Path(args.state_dir).resolve())
-    job = _free_name(paths, Path(args.job_file).stem)
-    where = ["--state-dir", str(paths.root)]
-    overrides = [word for one in args.set for word in ("--set", one)]
-    if code := _run("flowd", "up", "--detach", "--devices", args.devices, *where):
-        return code
-    try:
-        submit = ["submit", args.job_file, "--follow", "--set", f"job.name={job}", *overrides]
-        code = _run("flowctl", *submit, *where)
-    except KeyboardInterrupt:
-        code = 130
-    finally:
-        _run("flowd", "down", *where)
+    job = free_name(paths, Path(args.job_file).stem)
+    code = train(paths, args.devices, args.job_file, [f"job.name={job}", *args.set])
     run = paths.run(job)
     if run.metrics.exists():
         print(f"\nReward (share of exact answers) by step, job {job}:\n")
-        print(curve(_rewards(run.metrics)))
+        print(curve(by_step(run.metrics, "reward_mean")))
         print(f"\nEverything about the run is in {run.root}: metrics.jsonl, samples.jsonl, ledger,")
         print(f"checkpoints; `tensorboard --logdir {run.root / 'tensorboard'}` shows the curves.")
     return code
 
 
-def curve(rewards: Sequence[tuple[int, float]], rows: int = CURVE_ROWS) -> str:
-    """(step, reward) pairs as a bar chart of at most `rows` lines; each bar is the mean of its steps."""
-    if not rewards:
+def train(paths: StatePaths, devices: str, job_file: str, overrides: Sequence[str]) -> int:
+    """Run a job to its end on a flowd that is started for it and stopped whatever happens; the exit code."""
+    where = ["--state-dir", str(paths.root)]
+    words = [word for one in overrides for word in ("--set", one)]
+    if code := _run("flowd", "up", "--detach", "--devices", devices, *where):
+        return code
+    try:
+        return _run("flowctl", "submit", job_file, "--follow", *words, *where)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        _run("flowd", "down", *where)
+
+
+def curve(values: Sequence[tuple[int, float]], rows: int = CURVE_ROWS) -> str:
+    """(step, share) pairs as a bar chart of at most `rows` lines; each bar is the mean of its steps."""
+    if not values:
         return "no step was trained"
-    per_row = -(-len(rewards) // rows)
+    per_row = -(-len(values) // rows)
     lines = []
-    for start in range(0, len(rewards), per_row):
-        chunk = rewards[start : start + per_row]
-        mean = sum(reward for _, reward in chunk) / len(chunk)
+    for start in range(0, len(values), per_row):
+        chunk = values[start : start + per_row]
+        mean = sum(value for _, value in chunk) / len(chunk)
         bar = "█" * round(max(0.0, min(1.0, mean)) * BAR_WIDTH)
         lines.append(f"{chunk[0][0]:>6}  {mean:5.3f}  {bar}")
     return "\n".join(lines)
 
 
-def _rewards(metrics: Path) -> list[tuple[int, float]]:
-    """The last attempt of every step; one whose reward was no number is left out."""
-    by_step: dict[int, float | None] = {}
+def by_step(metrics: Path, key: str) -> list[tuple[int, float]]:
+    """A number of the lines that have it, of the last attempt of every step; one that is no number is left out."""
+    found: dict[int, float | None] = {}
     for text in metrics.read_text().splitlines():
         line = json.loads(text)
-        if "reward_mean" in line:  # else it is an evaluation's
-            by_step[int(line["step"])] = line["reward_mean"]
-    return sorted((step, reward) for step, reward in by_step.items() if reward is not None)
+        if key in line:  # steps and evaluations have lines of their own
+            found[int(line["step"])] = line[key]
+    return sorted((step, value) for step, value in found.items() if value is not None)
 
 
-def _free_name(paths: StatePaths, stem: str) -> str:
+def free_name(paths: StatePaths, stem: str) -> str:
+    """A name of a job that no run has: STEM-1, STEM-2, …"""
     number = 1
     while paths.run(f"{stem}-{number}").root.exists():
         number += 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.env.video import check_encoder, encode
+from actors.env.video import check_encoder, encode, side_by_side
 from sim.errors import MissingDependency
 
 
@@ -31,3 +31,11 @@ def test_a_video_has_the_pictures_in_order(tmp_path: Path) -> None:
     assert done.stderr == b""
     frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, 32, 48, 3)
     assert frames.mean(axis=(1, 2, 3)) == pytest.approx(greys, abs=8)
+    other = tmp_path / "other.mp4"
+    other.write_bytes(encode(pictures[::-1][:3]))
+    decode[4] = str(tmp_path / "both.mp4")
+    side_by_side(path, other, Path(decode[4]))
+    both = subprocess.run([*decode, "-pix_fmt", "rgb24", "-"], capture_output=True, check=False)
+    frames = np.frombuffer(both.stdout, np.uint8).reshape(-1, 32, 96, 3)
+    assert frames[:, :, :48].mean(axis=(1, 2, 3)) == pytest.approx(greys[:3], abs=8)
+    assert frames[:, :, 48:].mean(axis=(1, 2, 3)) == pytest.approx(greys[::-1][:3], abs=8)
