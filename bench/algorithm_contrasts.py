@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 
-from bench.algorithm_figures import WINDOW, Found, curve, reaches, summary
+from bench.algorithm_figures import Found, summary
 from bench.algorithm_runs import NOISE_BATCHES, Record
 
 
@@ -15,18 +15,6 @@ def mean_of(key: str, first: float = 0.0, last: float = 1.0) -> Callable[[Record
         steps = record.steps
         part = steps[int(first * len(steps)) : max(1, round(last * len(steps)))]
         return statistics.fmean(step[key] for step in part)
-
-    return measure
-
-
-def at_goal(key: str) -> Callable[[Record], float | None]:
-    """A metric's mean over the window in which the goal is reached: policies that are equally good compare."""
-
-    def measure(record: Record) -> float | None:
-        place = reaches(curve(record))
-        if place is None:
-            return None
-        return statistics.fmean(step[key] for step in record.steps[place - WINDOW + 1 : place + 1])
 
     return measure
 
@@ -108,25 +96,30 @@ class Contrast:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseContrast:
-    """The gradient noise of an algorithm against that of another, both at the warmed-up policy."""
+    """The gradient noise of an algorithm against another's, both at the warmed-up policy and on the same samples.
+
+    ours, other: labels without the batch size
+    """
 
     algorithm: str
     claim: str
-    other: str
+    ours: str
     against: str
-    number: str = "gradient noise scale at the warmed-up policy, in groups"
+    other: str
+    number: str = "gradient noise scale of the warmed-up policy, rewards lowered by 1; in groups"
 
     def values(self, found: Found) -> tuple[float | None, float | None]:
         """None where a run is missing."""
-        return _noise(found, self.algorithm), _noise(found, self.other)
+        return _noise(found, self.ours), _noise(found, self.other)
 
 
 CONTRASTS: tuple[Contrast | NoiseContrast, ...] = (
     NoiseContrast(
         "grpo",
-        "the baseline of the group takes noise out of the gradient",
-        "reinforce_pp",
-        "reinforce_pp",
+        "the mean of the group makes up for where the zero of rewards lies",
+        "grpo/frozen",
+        "no baseline",
+        "reinforce_pp/frozen-no-baseline",
     ),
     Contrast(
         "dr_grpo",
@@ -149,17 +142,18 @@ CONTRASTS: tuple[Contrast | NoiseContrast, ...] = (
     Contrast(
         "dapo",
         "clip-higher keeps entropy (8 updates a step, no dynamic sampling)",
-        "`entropy` when 0.9 is reached",
+        "`entropy`, second half of 60 steps",
         "dapo/clip-higher",
         "`clip_high = 0.2`",
         "dapo/clip-symmetric",
-        at_goal("entropy"),
+        mean_of("entropy", 0.5),
     ),
     NoiseContrast(
         "rloo",
-        "so does the mean of the other answers, without bias",
-        "reinforce_pp",
-        "reinforce_pp",
+        "the mean of the other answers does too, and leaves the gradient unbiased",
+        "rloo/frozen",
+        "no baseline",
+        "reinforce_pp/frozen-no-baseline",
     ),
     Contrast(
         "reinforce_pp",
@@ -172,9 +166,10 @@ CONTRASTS: tuple[Contrast | NoiseContrast, ...] = (
     ),
     NoiseContrast(
         "reinforce_pp_baseline",
-        "what the group's mean adds to REINFORCE++",
+        "the mean of the group in place of the batch's alone",
+        "reinforce_pp_baseline/frozen",
         "reinforce_pp",
-        "reinforce_pp",
+        "reinforce_pp/frozen",
     ),
     Contrast(
         "gspo",
@@ -230,6 +225,6 @@ def _mean(records: Sequence[Record], measure: Callable[[Record], float | None]) 
     return statistics.fmean(values) if values else None
 
 
-def _noise(found: Found, algorithm: str) -> float | None:
-    small, large = (found.get(f"{algorithm}/frozen-{batch}") for batch in sorted(NOISE_BATCHES))
+def _noise(found: Found, label: str) -> float | None:
+    small, large = (found.get(f"{label}-{batch}") for batch in sorted(NOISE_BATCHES))
     return noise_scale(small[0], large[0]) if small and large else None

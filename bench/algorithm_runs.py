@@ -22,15 +22,22 @@ MANY_UPDATES = {  # so that ratios leave 1 and clipping matters; groups are not 
     "algorithm.epochs": 2,
     "algorithm.mini_batches": 4,
     "algorithm.dynamic_sampling": False,
-    "job.stop_reward": 0.9,
+    "job.steps": 60,
 }
 FROZEN = {  # the warmed-up policy, whose gradient is measured again and again: 1e-12 changes no float32 weight
     "trainer.learning_rate": 1e-12,
     "job.max_staleness": 0,
     "job.stop_reward": 2.0,  # never reached
+    "algorithm.overlong_max_tokens": 1,  # every answer is overlong: rewards are -1 and 0, which a baseline makes up for
 }
-NOISE_BATCHES = {4: 80, 64: 30}  # groups in a step: steps
-NOISE_OF = ("grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline")
+NOISE_BATCHES = {4: 120, 64: 40}  # groups in a step: steps
+NOISE_OF: dict[tuple[str, str], dict[str, Any]] = {
+    ("grpo", "frozen"): {},
+    ("rloo", "frozen"): {},
+    ("reinforce_pp", "frozen"): {},
+    ("reinforce_pp_baseline", "frozen"): {},
+    ("reinforce_pp", "frozen-no-baseline"): {"algorithm.normalization": "none"},
+}
 # What one algorithm is compared with beyond the others' own jobs: its job with changes.
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("grpo", "on-policy"): {"job.max_staleness": 0},
@@ -46,8 +53,13 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "stale"): {"job.max_staleness": 4},
     ("decoupled_ppo", "stale"): {"job.max_staleness": 4},
     **{
-        (name, f"frozen-{batch}"): {**FROZEN, "job.groups_per_step": batch, "job.steps": steps}
-        for name in NOISE_OF
+        (name, f"{what}-{batch}"): {
+            **FROZEN,
+            **changes,
+            "job.groups_per_step": batch,
+            "job.steps": steps,
+        }
+        for (name, what), changes in NOISE_OF.items()
         for batch, steps in NOISE_BATCHES.items()
     },
 }

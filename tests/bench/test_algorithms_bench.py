@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bench.algorithm_contrasts import CONTRASTS, explained, noise_scale, rollout_idle
+from bench.algorithm_contrasts import CONTRASTS, NoiseContrast, explained, noise_scale, rollout_idle
 from bench.algorithm_figures import curve, mean_curve, reaches, summary
 from bench.algorithm_report import (
     BEGIN,
@@ -19,6 +19,7 @@ from bench.algorithm_report import (
 )
 from bench.algorithm_runs import (
     CONFIGS,
+    NOISE_BATCHES,
     REPEATED,
     VARIANTS,
     Record,
@@ -178,8 +179,8 @@ def test_every_algorithm_is_drawn_and_has_a_contrast_whose_runs_are_planned():
     assert {each.algorithm for each in CONTRASTS} == set(NAMES)
     labels = {run.label for run in planned(NAMES, None)}
     for each in CONTRASTS:
-        assert each.other in labels
-        assert getattr(each, "ours", each.algorithm) in labels
+        ends = [f"-{b}" for b in NOISE_BATCHES] if isinstance(each, NoiseContrast) else [""]
+        assert {label + end for label in (each.ours, each.other) for end in ends} <= labels
 
 
 def test_the_page_is_rewritten_between_its_marks(tmp_path):
