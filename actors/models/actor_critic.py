@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.models.action_policy import Acted, ActionPolicy, Observations, Read
-from actors.models.config import PolicyConfig, bounds
+from actors.models.config import PolicyConfig
 from actors.models.distributions import Bounds, Categorical, Gaussian
 from actors.models.encoders import ImageEncoder, StateNormalizer, is_image
 from actors.models.running_moments import RunningMoments
@@ -21,9 +21,6 @@ class ActorCritic(ActionPolicy):
     Weights begin orthogonal, the actor's last layer a hundred times smaller (Andrychowicz et al. 2020,
     arXiv:2006.05990, section 3.2), so that the first policy is the same for every observation.
     """
-
-    low: Tensor
-    high: Tensor
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -44,9 +41,7 @@ class ActorCritic(ActionPolicy):
         if not config.discrete and not by_state:
             self.log_std = nn.Parameter(torch.full((config.action,), config.initial_log_std))
         self.returns = RunningMoments(1) if config.normalize_returns else None
-        low, high = bounds(config)
-        self.register_buffer("low", torch.tensor(low), persistent=False)
-        self.register_buffer("high", torch.tensor(high), persistent=False)
+        self.bounds = Bounds(config)
 
     @torch.no_grad()
     def act(self, observations: Observations, uniforms: Tensor, *, greedy: bool) -> Acted:
@@ -59,7 +54,7 @@ class ActorCritic(ActionPolicy):
             drawn = uniforms.view(len(uniforms), self.chunk, self._action)
             sample = distribution.mode() if greedy else distribution.sample(drawn)
             inner = distribution.action(sample)
-            actions = Bounds(self.low, self.high).to_simulator(inner).float()
+            actions = self.bounds(inner).float()
         return Acted(
             actions=actions,
             logprobs=distribution.log_prob(sample).float(),

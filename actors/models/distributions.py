@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from actors.models.action_policy import normals
+from actors.models.config import PolicyConfig, bounds
 
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 LOG_2 = math.log(2.0)
@@ -90,13 +91,18 @@ class Categorical:
         return -(logprobs.exp() * logprobs).sum(-1)
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """low, high: [action], of the simulator's actions"""
+class Bounds(nn.Module):
+    """Takes actions [..., action] within -1 and 1 to the simulator's units. The bounds are the job's, not weights."""
 
     low: Tensor
     high: Tensor
 
-    def to_simulator(self, actions: Tensor) -> Tensor:
-        """actions: [..., action] within -1 and 1"""
-        return self.low + (actions + 1.0) * 0.5 * (self.high - self.low)
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        low, high = bounds(config)
+        self.register_buffer("low", torch.tensor(low), persistent=False)
+        self.register_buffer("high", torch.tensor(high), persistent=False)
+
+    def forward(self, actions: Tensor) -> Tensor:
+        low, high = self.low.to(actions.dtype), self.high.to(actions.dtype)
+        return low + (actions + 1.0) * 0.5 * (high - low)

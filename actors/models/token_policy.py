@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from actors.models.action_policy import Acted, ActionPolicy, Observations, Read
-from actors.models.config import PolicyConfig, bounds
+from actors.models.config import PolicyConfig
 from actors.models.distributions import Bounds, Categorical
 from actors.models.encoders import StateNormalizer, is_image
 from actors.models.running_moments import RunningMoments
@@ -25,9 +25,6 @@ BYTES = 256
 
 class TokenPolicy(ActionPolicy):
     """A unit is an action token."""
-
-    low: Tensor
-    high: Tensor
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -81,9 +78,7 @@ class TokenPolicy(ActionPolicy):
         nn.init.normal_(self.head.weight, std=0.02 / width**0.5)
         self.values = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         self.returns = RunningMoments(1) if config.normalize_returns else None
-        low, high = bounds(config)
-        self.register_buffer("low", torch.tensor(low), persistent=False)
-        self.register_buffer("high", torch.tensor(high), persistent=False)
+        self.bounds = Bounds(config)
 
     @torch.no_grad()
     def act(self, observations: Observations, uniforms: Tensor, *, greedy: bool) -> Acted:
@@ -170,4 +165,5 @@ class TokenPolicy(ActionPolicy):
         """float32 [B, chunk, action] of tokens [B, U]."""
         inner = (tokens.double() + 0.5) / self._bins * 2.0 - 1.0
         inner = inner.view(len(tokens), self.chunk, self._action)
-        return Bounds(self.low.double(), self.high.double()).to_simulator(inner).float()
+        actions: Tensor = self.bounds(inner).float()
+        return actions
