@@ -20,7 +20,6 @@ ends when that one has answered.
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ import uvloop
 import zmq
 
 from actors.episodes import Action, Group, Sampling, Segment, Turn
-from bench.local import MachineLoad, surroundings
+from bench.local import MachineLoad, surroundings, tell
 from bench.peers import NO_RAY, Peer, ready, start_ray
 from channels.channel import ChannelRouter
 from channels.lifecycle import Forget
@@ -396,12 +395,7 @@ def main() -> int:
     }
     facts |= {"rounds": options.rounds, "calls": options.calls, "load": load.report()}
     facts |= surroundings()
-    if options.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        for key, value in facts.items():
-            print(f"{key:24} {value}")
-    return 0 if facts["bar_reached"] else 1
+    return tell(facts, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,21 @@ class MachineLoad:
         }
 
 
+def tell(figures: Mapping[str, Any], *, as_json: bool) -> int:
+    """Print figures, as JSON or a line each. Returns the exit code: 1 where `bar_reached` is false."""
+    if as_json:
+        print(json.dumps(figures, indent=1))
+    else:
+        width = max(map(len, figures))
+        for key, value in figures.items():
+            print(
+                f"{key:{width}} {value:.3f}"
+                if isinstance(value, float)
+                else f"{key:{width}} {value}"
+            )
+    return 0 if figures["bar_reached"] else 1
+
+
 def _version(package: str) -> str:
     """Of an installed package; a checkout that only lies on the path has none."""
     try:

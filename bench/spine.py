@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from bench.local import CONFIG, Flowd, MachineLoad, surroundings
+from bench.local import CONFIG, Flowd, MachineLoad, surroundings, tell
 
 WARM_IN_STEPS = 5  # first kernels, caches, the pipeline fills
 SEQUENTIAL_THREADS = (1, 2)
@@ -353,12 +353,7 @@ def main() -> int:
         return 0
     result = measure(options.steps, options.rounds, options.devices)
     result["bar_reached"] = reached(result)
-    if options.json:
-        print(json.dumps(result, indent=1))
-    else:
-        for key, value in result.items():
-            print(f"{key:36} {value:.3f}" if isinstance(value, float) else f"{key:36} {value}")
-    return 0 if result["bar_reached"] else 1
+    return tell(result, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ and recv, preallocated, with a number back. `ray`: a torch tensor by `put` to an
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
@@ -31,7 +30,7 @@ import torch
 import torch.distributed as dist
 import uvloop
 
-from bench.local import MachineLoad, surroundings
+from bench.local import MachineLoad, surroundings, tell
 from bench.peers import NO_RAY, Peer, ready, start_ray
 from channels.channel import ChannelRouter, Producer
 from channels.security import KEY_BYTES, Security
@@ -335,12 +334,7 @@ def main() -> int:
     }
     facts |= {"rounds": options.rounds, "transfers": TRANSFERS, "load": load.report()}
     facts |= surroundings()
-    if options.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        for key, value in facts.items():
-            print(f"{key:24} {value}")
-    return 0 if facts["bar_reached"] else 1
+    return tell(facts, as_json=options.json)
 
 
 if __name__ == "__main__":

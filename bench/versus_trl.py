@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.local import CONFIG, Flowd, MachineLoad, overrides, surroundings
+from bench.local import CONFIG, Flowd, MachineLoad, overrides, surroundings, tell
 from flowd.job import load_job
 
 GOAL = 0.9
@@ -200,12 +200,7 @@ def main() -> int:
         parser.error(NO_TRL)
     result = measure(options.updates, options.seeds, options.devices)
     result["bar_reached"] = reached(result)
-    if options.json:
-        print(json.dumps(result, indent=1))
-    else:
-        for key, value in result.items():
-            print(f"{key:28} {value:.3f}" if isinstance(value, float) else f"{key:28} {value}")
-    return 0 if result["bar_reached"] else 1
+    return tell(result, as_json=options.json)
 
 
 if __name__ == "__main__":
