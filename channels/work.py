@@ -82,13 +82,18 @@ class Committed(Message, frozen=True, tag="committed"):
     run_attempt: int
     step: int
     policy_version: int
-    seconds: float = (
-        0.0  # that writing took, beside the training; 0 for a commit that was there already
-    )
+    seconds: float = 0.0  # that writing took, beside the training
 
 
 class CommitAndPause(Message, frozen=True, tag="commit_and_pause"):
-    """Conductor to trainer: commit what you have at this step boundary and take no further step."""
+    """Conductor to trainer: commit what you have at this step boundary, take no further step, and answer `Paused`."""
+
+
+class Paused(Message, frozen=True, tag="paused"):
+    """Trainer to conductor: this step is committed, and no other will be taken until a run begins."""
+
+    run_attempt: int
+    step: int
 
 
 class RankCommand(Message, frozen=True, tag="rank_command"):

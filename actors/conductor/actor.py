@@ -36,6 +36,7 @@ from channels.work import (
     Drop,
     GroupReceived,
     InCall,
+    Paused,
     StageTimes,
     StepDone,
     StepRecorded,
@@ -161,6 +162,8 @@ class ConductorActor(Actor):
                     await self._step_done(message)
                 case Committed():
                     await self._committed(message)
+                case Paused():
+                    self._paused(message)
                 case Evaluated():
                     await self._evaluated(message)
                 case StageTimes():
@@ -431,7 +434,11 @@ class ConductorActor(Actor):
         self.committed_step = message.step
         if self.finishing is not None:
             self._end_when_settled()
-        elif self.handing_over is not None and message.step == self.issuer.version:
+
+    def _paused(self, message: Paused) -> None:
+        # Its last commit says nothing of a hand-over: it may train the next step since, from groups that it had.
+        current = message.run_attempt == self.run_attempt
+        if current and self.handing_over is not None and not self.handed_over:
             self._tell_handed_over()
 
     def _tell_handed_over(self) -> None:

@@ -48,6 +48,7 @@ from channels.work import (
     Committed,
     Drop,
     GroupReceived,
+    Paused,
     RankCommand,
     RankReply,
     StepDone,
@@ -239,9 +240,8 @@ class TrainerActor(Actor):
                 assert self.commits is not None
                 if self.commit.step != self.step:
                     await self._begin_commit()
-                elif not self.commits.in_flight:
-                    self._tell_committed(self.commit, 0.0)
                 await self._until_committed()
+                self._tell(Paused(run_attempt=self.run_attempt, step=self.step))
             case Admit():
                 self.admitted.setdefault(command.step, deque()).append(command)
 
@@ -444,15 +444,12 @@ class TrainerActor(Actor):
             self.recorded_more.clear()
             await self.recorded_more.wait()
         await self.commits.commit(manifest)
-        self._tell_committed(manifest, time.monotonic() - began)
-
-    def _tell_committed(self, manifest: Manifest, seconds: float) -> None:
         self._tell(
             Committed(
                 run_attempt=manifest.run_attempt,
                 step=manifest.step,
                 policy_version=manifest.policy_version,
-                seconds=seconds,
+                seconds=time.monotonic() - began,
             )
         )
 

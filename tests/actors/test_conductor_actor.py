@@ -28,6 +28,7 @@ from channels.work import (
     Drop,
     GroupReceived,
     InCall,
+    Paused,
     StageTimes,
     StepDone,
     TrainerReady,
@@ -144,6 +145,11 @@ class Play:
 
     def say_committed(self) -> None:
         self.say(Committed(run_attempt=self.run_attempt, step=self.step, policy_version=self.step))
+
+    def say_paused(self) -> None:
+        """The answer to CommitAndPause."""
+        self.say_committed()
+        self.say(Paused(run_attempt=self.run_attempt, step=self.step))
 
     async def whole_step(self, **given: Any) -> list[int]:
         """Tickets of a step are played, delivered, admitted, trained and committed."""
@@ -514,7 +520,7 @@ def test_hands_over_between_steps(run: Run, tmp_path: Path) -> None:
             play.stage.tell(HandOver(replica="trainer-0"))
             await play.trainer.take(CommitAndPause)
             play.commit_on_disk()
-            play.say_committed()
+            play.say_paused()
             assert (await play.stage.heard(HandedOver)).replica == "trainer-0"
             play.trainer_dies()
             begin = await play.trainer_comes(epoch=1)
@@ -540,9 +546,36 @@ def test_hands_over_after_the_step_that_has_begun(run: Run, tmp_path: Path) -> N
             await play.step_done([0, 1], commit=False)
             await play.trainer.take(CommitAndPause)
             play.commit_on_disk()
-            play.say_committed()
+            play.say_paused()
             await play.stage.heard(HandedOver)
             assert play.tickets.get_nowait() is None, "nothing is issued while handing over"
+
+    run(main)
+
+
+def test_a_commit_is_not_yet_a_hand_over(run: Run, tmp_path: Path) -> None:
+    """The trainer had the next step's groups when it was told to pause: that step is not to be taken back."""
+
+    async def main() -> None:
+        async with Play(tmp_path, conductor_config(job={"max_staleness": 1})) as play:
+            await play.trainer_comes()
+            tickets = [item.payload for item in await play.take(4)]
+            for ticket in tickets:
+                play.delivered(ticket)
+            await play.take_admits(4)
+            play.stage.tell(HandOver(replica="trainer-0"))
+            await play.step_done([0, 1])
+            await play.trainer.take(CommitAndPause)
+            await play.step_done([2, 3], commit=False)
+            play.commit_on_disk()
+            play.say_committed()
+            await play.stage.until(lambda: play.stage.actor.committed_step == 2)
+            assert not play.stage.of(HandedOver)
+            play.say_paused()
+            await play.stage.heard(HandedOver)
+            play.trainer_dies()
+            assert (await play.trainer_comes(epoch=1)).step == 2
+            assert [line["step"] for line in play.steps()] == [0, 1]
 
     run(main)
 
@@ -945,7 +978,7 @@ def test_hands_over_a_step_that_has_to_be_sampled_again(run: Run, tmp_path: Path
             await play.step_done([0, 4], commit=False)
             await play.trainer.take(CommitAndPause)
             play.commit_on_disk()
-            play.say_committed()
+            play.say_paused()
             await play.stage.heard(HandedOver)
             assert play.tickets.get_nowait() is None
 
@@ -966,7 +999,7 @@ def test_hands_over_at_once_where_filtering_left_nothing(run: Run, tmp_path: Pat
             play.stage.tell(HandOver(replica="trainer-0"))
             play.delivered(items[1].payload, reward=0.0)
             await play.trainer.take(CommitAndPause)
-            play.say_committed()
+            play.say_paused()
             await play.stage.heard(HandedOver)
 
     run(main)

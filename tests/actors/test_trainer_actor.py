@@ -33,6 +33,7 @@ from channels.work import (
     Committed,
     Drop,
     GroupReceived,
+    Paused,
     StepDone,
     StepRecorded,
     TrainerReady,
@@ -501,6 +502,7 @@ def test_training_goes_on_while_a_commit_is_written(
             assert last.step == 3
             assert last.seconds > 0
             assert [m.step for m in play.conductor.of(Committed)] == [1, 2, 3]
+            assert (await play.conductor.take(Paused)).step == 3
 
     run(main)
 
@@ -517,10 +519,11 @@ def test_commits_and_pauses(run: Run, tmp_path: Path, admitted: int) -> None:
             await play.step_done()
             play.admit(1, *range(2, 2 + admitted))
             play.say(CommitAndPause())
-            assert (await play.conductor.take(Committed)).step == 1
+            assert (await play.conductor.take(Paused)).step == 1
+            assert [m.step for m in play.conductor.of(Committed)] == [1]
             play.admit(1, *range(2 + admitted, 4), last=True)
             play.say(CommitAndPause())
-            assert (await play.conductor.take(Committed, 2)).step == 1
+            assert (await play.conductor.take(Paused, 2)).step == 1
             assert len(play.conductor.of(StepDone)) == 1
             manifest = newest_manifest(tmp_path)
             assert manifest is not None
