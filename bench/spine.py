@@ -7,8 +7,8 @@ sync, async: a real flowd and job with max_staleness = 0 and 1, from metrics.jso
 
 All of them train the same number of groups from random weights, without warm-up, and commit as often. Each round
 runs all of them, in rotated order, and rates are medians over rounds. Each way may use two cores as suits it best: the
-loop runs with 1 and with 2 torch threads, the jobs with 1 and with 2 trainer ranks of a thread each, and the faster
-counts.
+loop runs with 1 and with 2 torch threads, the jobs with 1 and with 2 devices for rollout and as many for the trainer,
+a thread each; the faster counts.
 """
 
 import argparse
@@ -31,15 +31,16 @@ from bench.local import CONFIG, Flowd, MachineLoad, surroundings, tell
 WARM_IN_STEPS = 5  # first kernels, caches, the pipeline fills
 SEQUENTIAL_THREADS = (1, 2)
 STALENESS = {"sync": 0, "async": 1}
-TRAINER_RANKS = (1, 2)
+DEVICES = (1, 2)  # of each stage
 CONTROL = ("daemon", "zygote", "conductor")
 ASYNC_BAR, SYNC_BAR, CONTROL_BAR = 1.3, 0.9, 0.05
 
 
-def changes(steps: int, staleness: int, trainer_ranks: int = 1) -> dict[str, Any]:
+def changes(steps: int, staleness: int, devices: int = 1) -> dict[str, Any]:
     """What differs from the demo's job: a fixed number of groups, from random weights, and the plan."""
     return {
-        "trainer.devices": trainer_ranks,
+        "rollout.devices": devices,
+        "trainer.devices": devices,
         "job.steps": steps,
         "job.max_staleness": staleness,
         "job.stop_reward": 2.0,  # never reached
@@ -242,9 +243,9 @@ class JobFigures:
     stages: dict[str, float]
 
 
-def run_job(flowd: Flowd, name: str, steps: int, staleness: int, ranks: int) -> JobFigures:
+def run_job(flowd: Flowd, name: str, steps: int, staleness: int, devices: int) -> JobFigures:
     """Submit, measure from the warm-in to the end, wait until all of it is gone."""
-    flowd.submit(name, changes(steps, staleness, ranks))
+    flowd.submit(name, changes(steps, staleness, devices))
     flowd.wait_step(name, WARM_IN_STEPS)
     processes = _processes(flowd, name)
     first, before = len(flowd.metrics(name)), _cpu_seconds(processes)
@@ -289,7 +290,7 @@ def measure(steps: int, rounds: int, devices: str) -> dict[str, Any]:
     """All rounds; the order rotates, so that a change of the machine's load meets all ways alike."""
     load = MachineLoad()
     loops = {f"sequential_{threads}": threads for threads in SEQUENTIAL_THREADS}
-    jobs = {f"{kind}_{ranks}": (kind, ranks) for kind in STALENESS for ranks in TRAINER_RANKS}
+    jobs = {f"{kind}_{number}": (kind, number) for kind in STALENESS for number in DEVICES}
     ways = [*loops, *jobs]
     rates: dict[str, list[float]] = {way: [] for way in ways}
     details: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
@@ -303,9 +304,9 @@ def measure(steps: int, rounds: int, devices: str) -> dict[str, Any]:
                         rates[way].append(figures.pop("groups_per_s"))
                         details[way].append(figures)
                     else:
-                        kind, ranks = jobs[way]
+                        kind, each = jobs[way]
                         name = f"{way}-{number}".replace("_", "-")
-                        job = run_job(flowd, name, steps, STALENESS[kind], ranks)
+                        job = run_job(flowd, name, steps, STALENESS[kind], each)
                         rates[way].append(job.groups_per_s)
                         details[way].append(job.cpu_s_per_step)
                         stages[way].append(job.stages)

@@ -25,14 +25,15 @@ def test_every_algorithm_has_a_job_named_after_it() -> None:
 
 @every_file
 def test_it_compares_with_the_others(path: Path) -> None:
-    """Same task, model, sampling, learning rate and warm-up as the job of `make demo`; only the name, the policy lag
-    and the algorithm are its own."""
+    """Same task, model, sampling, learning rate and warm-up as the job of `make demo`; only the name, the policy lag,
+    the algorithm and the rollout devices are its own."""
     config, demo = load_job(path), load_job(CONFIGS / "arithmetic_grpo.toml")
     assert config.job.name == f"arithmetic_{path.stem}"
     job = msgspec.structs.replace(
         demo.job, name=config.job.name, max_staleness=config.job.max_staleness
     )
-    same = msgspec.structs.replace(demo, job=job, algorithm=config.algorithm)
+    rollout = msgspec.structs.replace(demo.rollout, devices=config.rollout.devices)
+    same = msgspec.structs.replace(demo, job=job, rollout=rollout, algorithm=config.algorithm)
     assert config == same
 
 
