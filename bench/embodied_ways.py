@@ -54,26 +54,24 @@ def loop(config: JobConfig, steps: int, warm_in: int) -> dict[str, float]:
         episodes = [Episode(0, slot, seen) for slot, seen in enumerate(observations)]
         turn = 0
         while going := [episode for episode in episodes if not episode.ended]:
-            works: list[Any] = [
-                SimpleNamespace(
-                    request=TurnRequest(
-                        group=step * num + episode.slot,
-                        attempt=0,
-                        run_attempt=0,
-                        turn=turn,
-                        version=step,
-                        exact=False,
-                        samples=(
-                            SampleRequest(
-                                sample=0, history=episode.history, observation=episode.observation
-                            ),
+            requests = tuple(
+                TurnRequest(
+                    group=step * num + episode.slot,
+                    attempt=0,
+                    run_attempt=0,
+                    turn=turn,
+                    version=step,
+                    exact=False,
+                    samples=(
+                        SampleRequest(
+                            sample=0, history=episode.history, observation=episode.observation
                         ),
-                    )
+                    ),
                 )
                 for episode in going
-            ]
-            finished = sampler.advance(works, lambda: False).finished
-            actions = [action for _, (action,) in finished]
+            )
+            works: list[Any] = [SimpleNamespace(requests=requests, request=requests[0])]
+            ((_, actions),) = sampler.advance(works, lambda: False).finished
             slots = [episode.slot for episode in going]
             results = env.step(slots, [action.chunk for action in actions])
             for episode, action, result in zip(going, actions, results, strict=True):

@@ -2,9 +2,9 @@
 
 For every ticket it resets one slot per sample with the group's seed, then plays turn by turn: the observations go to a
 rollout actor together with the tokens of the history (opaque here), the actions come back, the environment steps. A
-turn's request is one item on the channel "requests", a TurnRequest, and is acknowledged with a tuple of Action, None
-where the context has no room for another turn. The finished group goes to the trainer, through an inference actor where
-the job has some; when the trainer holds it the ticket is acknowledged.
+turn's request is an item on the channel "requests", a TurnRequest, or one of a tuple of them (see `asking`). It is
+acknowledged with a tuple of Action, None where the context has no room for another turn. The finished group goes to the
+trainer, through an inference actor where the job has some; when the trainer holds it the ticket is acknowledged.
 
 Problems of an evaluation come on a channel of their own and are played in an environment of their own; they are
 acknowledged with what came of them, and nobody trains on them.
@@ -21,6 +21,7 @@ import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
 from actors.conductor.config import evaluates, evaluation_env
 from actors.env.arrays import as_run, check_fit
+from actors.env.asking import Asking
 from actors.env.evaluating import KEY_OF_EVALUATION, evaluation_seed, outcome
 from actors.env.hosts import Hosts, open_hosts
 from actors.env.video import check_encoder, encode
@@ -127,6 +128,11 @@ class EnvActor(Actor):
         self.requests = self.router.producer(
             "requests", bound=2 * num_groups, epoch=self.spec.epoch
         )
+        self.asking = Asking(
+            self.requests,
+            together=config.policy is not None,
+            max_samples=config.rollout.max_running,
+        )
         self.groups = self.router.producer("groups", bound=num_groups, epoch=self.spec.epoch)
         self._account()
 
@@ -162,6 +168,8 @@ class EnvActor(Actor):
 
     def close(self) -> None:
         """Also after an error: worker processes end before the actor does."""
+        if (asking := getattr(self, "asking", None)) is not None:
+            asking.close()
         for hosts in getattr(self, "opened", ()):
             hosts.end_workers()
         super().close()
@@ -174,6 +182,7 @@ class EnvActor(Actor):
                 self.evaluations.add_producer(peer.peer)
             case "rollout":
                 self.requests.add_consumer(peer.peer)
+                self.asking.consumers.add(peer.peer)
             case kind if kind == self.config.target_of_groups and peer.rank == 0:
                 self.groups.add_consumer(peer.peer)
 
@@ -185,6 +194,7 @@ class EnvActor(Actor):
                 self.evaluations.remove_producer(peer.peer)
             case "rollout":
                 self.requests.remove_consumer(peer.peer)
+                self.asking.consumers.discard(peer.peer)
             case kind if kind == self.config.target_of_groups and peer.rank == 0:
                 self.groups.remove_consumer(peer.peer)
 
@@ -330,9 +340,7 @@ class EnvActor(Actor):
                 for e in episodes
             ),
         )
-        actions: tuple[Action | None, ...] = await self.requests.call(
-            request, key=assignment.key, priority=assignment.priority
-        )
+        actions = await self.asking.ask(request, key=assignment.key, priority=assignment.priority)
         acting: list[tuple[Episode, Action]] = []
         for episode, action in zip(episodes, actions, strict=True):
             if action is None:

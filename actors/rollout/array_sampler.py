@@ -82,19 +82,19 @@ class ArraySampler:
         for work in admissible:
             if batch and self._is_greedy(work) != self._is_greedy(batch[0]):
                 continue  # of an evaluation: its turn comes with the next call
-            size += len(work.request.samples)
+            size += sum(len(request.samples) for request in work.requests)
             if batch and size > self._max_samples:
                 break
             batch.append(work)
         if not batch:
             return Advanced([], [])
         greedy = self._is_greedy(batch[0])
-        acted = self._act([work.request for work in batch], greedy)
+        acted = self._act([request for work in batch for request in work.requests], greedy)
         actions = self._actions(acted, batch[0].request.sampling or self._sampling)
         finished: list[tuple[Work, list[Action | None]]] = []
         start = 0
         for work in batch:
-            end = start + len(work.request.samples)
+            end = start + sum(len(request.samples) for request in work.requests)
             finished.append((work, list(actions[start:end])))
             start = end
         return Advanced(batch, finished)
@@ -105,8 +105,8 @@ class ArraySampler:
     def drop(self, work: Work) -> None:
         raise AssertionError("nothing runs between two calls")
 
-    def with_progress(self, work: Work) -> TurnRequest:
-        return work.request
+    def with_progress(self, work: Work) -> TurnRequest | tuple[TurnRequest, ...]:
+        return work.requests
 
     def _is_greedy(self, work: Work) -> bool:
         return (work.request.sampling or self._sampling).temperature == 0

@@ -26,7 +26,10 @@ def sample_key(job_seed: int, request: TurnRequest, sample: int) -> int:
 
 @dataclass
 class Work:
-    """A request while it is held. state: the sampler's own notes on it, None before it was begun"""
+    """A request while it is held, or several that are answered together.
+
+    state: the sampler's own notes on it, None before it was begun
+    """
 
     item: Item
     order: int
@@ -34,9 +37,15 @@ class Work:
     state: Any = field(default=None)
 
     @property
+    def requests(self) -> tuple[TurnRequest, ...]:
+        """In the order of their answers."""
+        payload: TurnRequest | tuple[TurnRequest, ...] = self.item.payload
+        return payload if isinstance(payload, tuple) else (payload,)
+
+    @property
     def request(self) -> TurnRequest:
-        request: TurnRequest = self.item.payload
-        return request
+        """The only one; of several the first, which tells version and sampling of all."""
+        return self.requests[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,6 @@ class Sampler(Protocol):
         """Forget one that runs."""
         ...
 
-    def with_progress(self, work: Work) -> TurnRequest:
-        """The request of one that does not run, with what was made of it: whoever takes it goes on from there."""
+    def with_progress(self, work: Work) -> TurnRequest | tuple[TurnRequest, ...]:
+        """The payload of one that does not run, with what was made of it: whoever takes it goes on from there."""
         ...

@@ -184,7 +184,7 @@ def test_deterministic_actions_are_a_batch_of_their_own() -> None:
             ),
             sampling=None if temperature is None else Sampling(temperature=temperature),
         )
-        return SimpleNamespace(request=request)
+        return SimpleNamespace(request=request, requests=(request,))
 
     waiting = [work(0, None), work(1, 0.0), work(2, 1.0), work(3, 0.0)]
     for expected, greedy in (([0, 2], False), ([1, 3], True)):
