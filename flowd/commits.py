@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from actors.conductor.manifest import committed_steps
+from actors.conductor.manifest import ManifestError, committed_steps
+from actors.errors import ActorError
 from actors.job_config import JobConfig
 from actors.retention import best_commit
 from flowd.errors import FlowdError, RequestError
@@ -40,10 +42,19 @@ def chosen_commit(run_paths: RunPaths, step: int | None, *, best: bool) -> int:
 
 
 def write_policy(
-    run_paths: RunPaths, config: JobConfig, step: int, folder: Path, dtype: str | None = None
+    run_paths: RunPaths,
+    config: JobConfig,
+    step: int,
+    folder: Path,
+    dtype: str | None = None,
+    *,
+    load_torch: bool,
 ) -> dict[str, Any]:
     """Write the policy of a commit as a folder for [model] or [policy] path; what was written, as
-    `actors.trainer.export` says it."""
+    `actors.trainer.export` says it.
+
+    load_torch: in this process, unless the trainer has another interpreter; else in one that ends with it
+    """
     request = {
         "config": config,
         "run_dir": str(run_paths.root),
@@ -51,6 +62,8 @@ def write_policy(
         "folder": str(folder),
         "dtype": dtype,
     }
+    if load_torch and config.trainer.python is None:
+        return _write_here(request, f'step {step} of job "{run_paths.root.name}"')
     # The trainer's interpreter has what its model needs.
     command = [config.trainer.python or sys.executable, "-m", "actors.trainer.export"]
     try:
@@ -65,3 +78,14 @@ def write_policy(
         raise FlowdError(f'step {step} of job "{run_paths.root.name}" cannot be exported: {said}')
     exported: dict[str, Any] = json.loads(done.stdout)
     return exported
+
+
+def _write_here(request: dict[str, Any], of: str) -> dict[str, Any]:
+    # By name: flowd itself stays free of torch.
+    module = import_module("actors.trainer.export")
+    try:
+        exported = module.export(module.ExportRequest(**request))
+    except (ActorError, ManifestError, ValueError, OSError) as error:
+        raise FlowdError(f"{of} cannot be exported: {type(error).__name__}: {error}") from error
+    told: dict[str, Any] = msgspec.to_builtins(exported)
+    return told

@@ -16,9 +16,10 @@ ROOMS = {
     "flowd": {"channels", "actors", "sim"},
 }
 OURS = {*ROOMS, "tests", "bench"}
-# What flowd may know of the actors and simulators: their configs, their names, their records on disk.
+# What flowd may know of the actors and simulators: their configs, names and errors, their records on disk.
 FLOWD_MAY_IMPORT = {
     "actors.registry",
+    "actors.errors",
     "actors.job_config",
     "actors.conductor.ledger",
     "actors.conductor.manifest",
@@ -58,7 +59,7 @@ def test_rooms_import_in_the_drawn_direction_only(room: str) -> None:
 
 
 def test_flowd_knows_only_the_torch_free_parts_of_actors() -> None:
-    """Of the actors flowd imports configs, the registry and the ledger."""
+    """Of the actors flowd imports configs, the registry, errors and the ledger."""
     for path in modules("flowd"):
         for module in imports_of(path):
             if module.partition(".")[0] in ("actors", "sim"):

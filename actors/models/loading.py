@@ -49,6 +49,7 @@ def save_pretrained_folder(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Write a folder that `build_model` and any Hugging Face tool can load."""
+    logging.disable_progress_bar()  # who asked has a sentence to read, not bars
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -2,7 +2,7 @@
 
 Of a language model it is a Hugging Face folder, of a policy that acts on arrays one that [policy] path can name.
 
-A program of its own, run with the trainer's interpreter: the command line loads no torch. Critic, moments and counters
+A program of its own for the trainer's interpreter, where that is another one. Critic, moments and counters
 stay behind; weights are the trainer's masters, in their own dtype or converted to another.
 """
 
@@ -21,7 +21,6 @@ from actors.backends.hf_weights import ModelWeights
 from actors.conductor.manifest import FILE, checkpoint_dir, read_manifest
 from actors.job_config import JobConfig
 from actors.models.config import PolicyConfig
-from actors.models.loading import build_model, save_pretrained_folder
 from actors.models.policies import build_policy, save_policy_folder
 from actors.trainer.shard_files import Shards, sync
 
@@ -95,6 +94,9 @@ Chosen = tuple[nn.Module, torch.dtype, Callable[[Path], None]]  # the model, and
 
 
 def _language_model(request: ExportRequest, masters: Mapping[str, Tensor]) -> Chosen:
+    # Here: transformers takes seconds to import, and a policy that acts on arrays needs none of it.
+    from actors.models.loading import build_model, save_pretrained_folder
+
     masters = {name: tensor for name, tensor in masters.items() if not name.startswith(CRITIC)}
     own = next(iter(masters.values())).dtype
     dtype = own if request.dtype is None else getattr(torch, request.dtype)

@@ -120,7 +120,8 @@ def _of_run(
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
     try:
-        write_policy(run_paths, trained, step, written)
+        # Where the evaluation loads torch here anyway, once is enough; beside a flowd nothing of it stays.
+        write_policy(run_paths, trained, step, written, load_torch=args.inline)
         yield with_weights(config, written)
     finally:
         shutil.rmtree(written, ignore_errors=True)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if not above.is_dir():
         raise RequestError(f"{above} is a file: a folder cannot be made in it; name another one")
     config = parse_resolved(run_paths.job_toml.read_text(), str(run_paths.job_toml))
-    exported = write_policy(run_paths, config, step, folder, args.dtype)
+    exported = write_policy(run_paths, config, step, folder, args.dtype, load_torch=True)
     if args.json:
         print_json({"job": name, **exported})
     else:

@@ -106,6 +106,19 @@ def test_an_export_that_fails_is_told_in_its_own_words(
     assert done.stderr == 'error: step 10 of job "copy" cannot be exported: BadCheckpoint: gone\n'
 
 
+def test_a_damaged_commit_is_told_in_one_sentence(flowd: Flowd, job: str, tmp_path: Path) -> None:
+    """Exit code 1, and no folder."""
+    copy = tmp_path / "copy"
+    shutil.copytree(flowd.run(job).root, copy)
+    (shards,) = checkpoint_dir(copy, 10).glob("state-*")
+    shards.write_bytes(shards.read_bytes()[:100])
+    done = flowd.ctl("export", str(copy), str(tmp_path / "x"))
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: step 10 of job "copy" cannot be exported: BadCheckpoint:')
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
 def test_the_commit_that_evaluates_best_stays(flowd: Flowd) -> None:
     """Beside the newest one; every score is the evaluation's mean reward."""
     name = "keeps-best"
