@@ -1,6 +1,7 @@
 """flowds for tests of whole jobs; whatever a test does to one, nothing of it may be left."""
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from flowd_process import HERE, Flowd
+
+# A shell starts what it puts in the background with SIGINT ignored, and children inherit that: without this, Ctrl-C
+# would reach no command of ours wherever pytest itself was started like that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from forked import run_forked
+
 from flowd import lockfile
 from flowd.client import ControlClient
 from flowd.control import ENDED
@@ -26,6 +28,7 @@ FAST = HERE / "fast.toml"
 DEADLINE_S = 60.0
 LOOK_S = 0.02  # between two looks at files of processes that cannot be waited for
 MODULES = {"flowd": "flowd", "flowctl": "flowd.flowctl"}
+COMPUTING = ("run", "eval", "export")  # commands that load torch; the others start fast
 
 
 class Flowd:
@@ -38,9 +41,20 @@ class Flowd:
     # Commands as typed.
 
     def command(
-        self, program: str, *words: str, stdin: str = "", timeout_s: float = DEADLINE_S
+        self,
+        program: str,
+        *words: str,
+        stdin: str = "",
+        timeout_s: float = DEADLINE_S,
+        cold: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """Run `flowd …` or `flowctl …` on the state directory to its end."""
+        """Run `flowd …` or `flowctl …` on the state directory to its end.
+
+        cold: in a fresh interpreter also where that takes seconds
+        """
+        if words[0] in COMPUTING and not cold:
+            line = self.module_line(program, *words)
+            return run_forked(*line, env=environment(), stdin=stdin, timeout_s=timeout_s)
         return subprocess.run(
             self.command_line(program, *words),
             input=stdin,
@@ -52,7 +66,11 @@ class Flowd:
         )
 
     def command_line(self, program: str, *words: str) -> list[str]:
-        return [sys.executable, "-m", MODULES[program], *words, "--state-dir", str(self.paths.root)]
+        return [sys.executable, "-m", *self.module_line(program, *words)]
+
+    def module_line(self, program: str, *words: str) -> list[str]:
+        """What follows `python -m`, for `Forked`."""
+        return [MODULES[program], *words, "--state-dir", str(self.paths.root)]
 
     def ctl(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.command("flowctl", *words)

@@ -6,14 +6,13 @@ import pty
 import re
 import select
 import struct
-import subprocess
 import termios
 import time
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from flowd_process import DEADLINE_S, environment
+from forked import Forked
 
 ROWS, COLUMNS = 40, 120
 CONTROL_C = "\x03"
@@ -23,16 +22,16 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class Terminal:
     """Runs a command with a pseudo-terminal as its controlling one. A context manager: the command ends with it."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, module: str, *words: str) -> None:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        self._process = subprocess.Popen(
-            command,
+        self._process = Forked(
+            module,
+            *words,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+            terminal=True,  # so that Ctrl-C is a signal
             env=environment() | {"TERM": "xterm-256color"},
         )
         os.close(theirs)

@@ -1,12 +1,12 @@
 """deterministic = true: the same steps bit for bit, wherever the job runs and whatever dies on the way."""
 
 import signal
-import subprocess
 from typing import Any
 
 import pytest
 import torch
-from flowd_process import FAST, Flowd, environment, kill, wait_for
+from flowd_process import DEADLINE_S, FAST, Flowd, environment, kill, wait_for
+from forked import Forked
 
 from actors.conductor.manifest import checkpoint_dir, newest_manifest
 from actors.trainer.shard_files import Shards
@@ -107,18 +107,16 @@ def test_flowd_and_actors_gone_then_resumed_changes_no_number(
         assert outcome(own_flowd, name) == undisturbed(flowd, bound)
 
 
-def inline(flowd: Flowd, name: str) -> list[str]:
-    """The command line of an undisturbed job, bound 1, in one process."""
+def inline(name: str) -> list[str]:
+    """The words of an undisturbed job, bound 1, in one process."""
     changes = [*CHANGES, f"job.name={name}", "job.max_staleness=1"]
     options = [word for change in changes for word in ("--set", change)]
-    return flowd.command_line("flowctl", "run", "--inline", str(FAST), *options)
+    return ["run", "--inline", str(FAST), *options]
 
 
 def test_inline_job_gives_the_numbers_of_processes(flowd: Flowd) -> None:
     """One loop in one process or many processes: the same job."""
-    done = subprocess.run(
-        inline(flowd, "inline"), capture_output=True, text=True, check=False, env=environment()
-    )
+    done = flowd.ctl(*inline("inline"))
     assert done.returncode == 0, done.stderr
     assert outcome(flowd, "inline") == undisturbed(flowd, 1)
 
@@ -126,12 +124,10 @@ def test_inline_job_gives_the_numbers_of_processes(flowd: Flowd) -> None:
 def test_inline_job_that_was_stopped_is_resumed_as_processes(flowd: Flowd) -> None:
     """Stopped by Ctrl-C after a few commits; flowd goes on from its run directory to the same end."""
     name = "inline-stopped"
-    with subprocess.Popen(
-        inline(flowd, name), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
-    ) as stopped:
+    with Forked(*flowd.module_line("flowctl", *inline(name)), env=environment()) as stopped:
         wait_for(lambda: len(flowd.metrics(name)) > 12, "12 steps inline")
         stopped.send_signal(signal.SIGINT)
-        stopped.communicate(timeout=60)
+        stopped.wait(DEADLINE_S)
     assert 12 < len(flowd.metrics(name)) < STEPS
     flowd.request("resume", job=name)
     flowd.wait_done(name)

@@ -1,13 +1,11 @@
 """Evaluations beside training and by `flowctl eval`, as a user sees them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flowd_process import FAST, MODULES, Flowd, environment, kill, lines_of
+from flowd_process import FAST, Flowd, kill, lines_of
 
 from actors.models.config import ModelConfig
 from actors.models.loading import build_model, save_pretrained_folder
@@ -85,22 +83,15 @@ def test_the_command_gives_the_numbers_of_the_jobs_own_evaluation(
     assert not list(flowd.paths.cache.glob("eval-*")), "the written policies are gone"
 
 
-def test_a_model_folder_is_evaluated_on_any_task(flowd: Flowd, tmp_path: Path) -> None:
+def test_a_model_folder_is_evaluated_on_any_task(tmp_path: Path) -> None:
     """Without a flowd and without a run, as a table; arguments as in a job file."""
     folder = tmp_path / "tiny"
     config = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
     save_pretrained_folder(*build_model(config, seed=3), folder)
     words = ["eval", str(folder), "--task", "arithmetic", "--args", "min_digits=1", "max_digits=1"]
-    words += ["--k", "2", "--episodes", "5", "--state-dir", str(tmp_path / "home")]
+    words += ["--k", "2", "--episodes", "5"]
     words += ["--set", "rollout.max_new_tokens=4", "--set", "rollout.max_context_tokens=32"]
-    done = subprocess.run(
-        [sys.executable, "-m", MODULES["flowctl"], *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment(),
-    )
+    done = Flowd(tmp_path / "home").ctl(*words)
     assert done.returncode == 0, done.stderr
     header, sampled, greedy = done.stdout.splitlines()
     assert [c.strip() for c in header.split("  ") if c][:3] == [

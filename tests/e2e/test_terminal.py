@@ -8,7 +8,7 @@ def test_follow_draws_a_table_and_ctrl_c_leaves_the_job_running(flowd: Flowd) ->
     """The newest step and what each stage waits for, drawn over itself; the cursor comes back."""
     name = "watched"
     command = ["submit", str(FAST), "--follow", "--set", f"job.name={name}"]
-    with Terminal(flowd.command_line("flowctl", *command, "--set", "job.steps=100000")) as terminal:
+    with Terminal(*flowd.module_line("flowctl", *command, "--set", "job.steps=100000")) as terminal:
         terminal.wait_for(f"{name}: running")
         terminal.wait_for("waits for")
         shown = terminal.text
@@ -22,7 +22,7 @@ def test_follow_draws_a_table_and_ctrl_c_leaves_the_job_running(flowd: Flowd) ->
         assert "Traceback" not in terminal.text
     flowd.wait_step(name, flowd.status(name)["step"] + 2)
 
-    with Terminal(flowd.command_line("flowctl", "status", name, "--follow")) as terminal:
+    with Terminal(*flowd.module_line("flowctl", "status", name, "--follow")) as terminal:
         terminal.wait_for(f"{name}: running")
         assert flowd.ctl("cancel", name).returncode == 0
         assert terminal.wait_end() == 1
@@ -35,7 +35,7 @@ def test_breakpoint_of_a_task_opens_the_debugger_inline(own_flowd: Flowd) -> Non
     command = ["run", "--inline", str(FAST), "--set", "job.name=debugged", "--set", "job.steps=1"]
     command += ["--set", "env.task=e2e_tasks:Stops"]
     done = 'job "debugged" done'
-    with Terminal(own_flowd.command_line("flowctl", *command)) as terminal:
+    with Terminal(*own_flowd.module_line("flowctl", *command)) as terminal:
         terminal.wait_for("(Pdb) ")
         terminal.type("p 'left over', len(slots) % 4\n")
         terminal.wait_for("('left over', 0)")  # whole groups of four are answered at a time
@@ -51,7 +51,7 @@ def test_quitting_the_debugger_ends_the_inline_job(own_flowd: Flowd) -> None:
     """`quit` raises in the task; the job is cancelled rather than the actor started again."""
     command = ["run", "--inline", str(FAST), "--set", "job.name=quit"]
     command += ["--set", "env.task=e2e_tasks:Stops"]
-    with Terminal(own_flowd.command_line("flowctl", *command)) as terminal:
+    with Terminal(*own_flowd.module_line("flowctl", *command)) as terminal:
         said = 'error: job "quit" cancelled at step 0 of 30: the debugger was quit'
         quits = 0
         while terminal.wait_for("(Pdb) ", otherwise=said):

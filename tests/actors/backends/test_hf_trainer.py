@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_ranks
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from trainer_cases import (
@@ -164,7 +164,6 @@ def test_compiled_blocks_give_the_same_step(changes: dict[str, Any]):
 
 def _rank(rank: int, store: str, results: str) -> None:
     """One of two ranks. It is spawned, so that neither shares anything with the other."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     groups = make_groups()
     trainer = engine(qwen(), group=dist.group.WORLD)
@@ -174,12 +173,11 @@ def _rank(rank: int, store: str, results: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_take_the_step_that_one_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_ranks_take_the_step_that_one_takes(tmp_path: Path):
     """Real processes over gloo; groups split unevenly, and a rank that gets none."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     alone = engine(qwen())
     expected = [step(alone, make_groups()), step(alone, make_groups())]
-    mp.spawn(_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_ranks(2, _rank, str(tmp_path / "store"), str(tmp_path))
     for rank in range(2):
         first, second, weights = torch.load(tmp_path / str(rank))
         assert [first, second] == [pytest.approx(metrics, rel=1e-9) for metrics in expected]

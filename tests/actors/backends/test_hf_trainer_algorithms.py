@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_ranks
 from torch import Tensor
 from trainer_cases import difference, engine, make_groups, parameters, qwen, step, whole
 
@@ -79,7 +79,6 @@ def test_the_gradient_does_not_depend_on_how_the_step_was_split(case: Case):
 
 
 def _rank(rank: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     groups, ended = make_groups(), []
     for case in [(name, {}) for name in PAPERS] + SPECIAL:
@@ -95,10 +94,9 @@ def _rank(rank: int, store: str, results: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_take_the_step_that_one_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_ranks_take_the_step_that_one_takes(tmp_path: Path):
     """Real processes over gloo, every algorithm: statistics of the batch are those of all ranks."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_ranks(2, _rank, str(tmp_path / "store"), str(tmp_path))
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     for place, case in enumerate([(name, {}) for name in PAPERS] + SPECIAL):
         alone = trainer_of(case, WHOLE)

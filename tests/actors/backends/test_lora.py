@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_ranks
 from trainer_cases import TRAINER, difference, engine, make_groups, parameters, qwen, step, whole
 
 from actors.algorithms import registry
@@ -126,7 +126,6 @@ def test_in_bfloat16_the_adapter_stays_float32():
 
 
 def _rank(rank: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     groups = make_groups()
     trainer = adapted(qwen(), group=dist.group.WORLD, kl_coefficient=0.1)
@@ -137,14 +136,11 @@ def _rank(rank: int, store: str, results: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_train_the_adapter_that_one_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_two_ranks_train_the_adapter_that_one_trains(tmp_path: Path):
     """The model in shards, the adapter whole on both; merged shard by shard."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     alone = adapted(qwen(), kl_coefficient=0.1)
     expected = [step(alone, make_groups()), step(alone, make_groups())]
-    mp.spawn(_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_ranks(2, _rank, str(tmp_path / "store"), str(tmp_path))
     for rank in range(2):
         first, second, state = torch.load(tmp_path / str(rank))
         assert [first, second] == [pytest.approx(metrics, rel=1e-6) for metrics in expected]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -22,8 +23,6 @@ from actors.trainer.shard_files import shard_file
 
 torch.set_num_threads(1)
 SPAWN = multiprocessing.get_context("spawn")
-RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["torch.distributed.tensor", "actors.trainer.checkpoint"])
 ROWS, COLUMNS = 5, 3  # rows that two ranks share unevenly
 
 
@@ -172,8 +171,6 @@ def test_what_a_crash_left_of_a_later_step_does_not_push_a_commit_out(tmp_path: 
 
 
 def join_ranks(rank: int, num_ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/join", rank=rank, world_size=num_ranks
     )
@@ -217,25 +214,12 @@ def write_with_a_bad_rank(rank: int, num_ranks: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def run_ranks(num_ranks: int, work: Callable[..., None], folder: Path, *given: Any) -> None:
-    (folder / "join").unlink(missing_ok=True)
-    ranks = [
-        RANKS.Process(target=work, args=(rank, num_ranks, str(folder), *given))
-        for rank in range(num_ranks)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(100)
-    assert [rank.exitcode for rank in ranks] == [0] * num_ranks
-
-
 @pytest.mark.parametrize("num_ranks", [2, 7])
 def test_ranks_write_their_shards_and_any_number_reads_the_whole(
     tmp_path: Path, num_ranks: int
 ) -> None:
     """Bit for bit; also with rows for only five of seven ranks. A rank's file that is missing is missed."""
-    run_ranks(num_ranks, write_as_rank, tmp_path, True)
+    run_ranks(num_ranks, write_as_rank, num_ranks, str(tmp_path), True)
     directory = checkpoint_dir(tmp_path, 1)
     for rank in range(min(num_ranks, ROWS)):
         keys = shard_files.safe_open(directory / shard_file(rank), "pt").keys()
@@ -247,7 +231,7 @@ def test_ranks_write_their_shards_and_any_number_reads_the_whole(
 
 
 def test_what_is_the_same_on_every_rank_is_written_once(tmp_path: Path) -> None:
-    run_ranks(2, write_as_rank, tmp_path, False)
+    run_ranks(2, write_as_rank, 2, str(tmp_path), False)
     directory = checkpoint_dir(tmp_path, 1)
     names = [set(shard_files.safe_open(directory / shard_file(r), "pt").keys()) for r in (0, 1)]
     assert names[0] | names[1] == make_state().keys()
@@ -257,7 +241,7 @@ def test_what_is_the_same_on_every_rank_is_written_once(tmp_path: Path) -> None:
 
 def test_every_rank_learns_that_one_could_not_write(tmp_path: Path) -> None:
     """Without that the leader would make a checkpoint count that lacks a part."""
-    run_ranks(2, write_with_a_bad_rank, tmp_path)
+    run_ranks(2, write_with_a_bad_rank, 2, str(tmp_path))
     assert newest_manifest(tmp_path) is None
 
 
