@@ -3,8 +3,6 @@
 import asyncio
 import os
 import secrets
-import subprocess
-import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import PIPE, Forked
 from host_gpu import HostGpu
 
 from channels.channel import ChannelRouter, Consumer, Producer
@@ -52,13 +51,9 @@ class Peer:
     """A child process that runs a role of `peer_process.py`."""
 
     def __init__(self, role: str, *args: str, **environment: str) -> None:
-        script = str(Path(__file__).with_name("peer_process.py"))
-        self.process = subprocess.Popen(
-            [sys.executable, script, role, *args],
-            env=os.environ | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        script = Path(__file__).with_name("peer_process.py")
+        self.process = Forked(
+            script, role, *args, env=os.environ | environment, stdin=PIPE, stdout=PIPE
         )
 
     async def says(self) -> str:

@@ -2,8 +2,6 @@
 
 import asyncio
 import gc
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from channel_peers import DEADLINE_S, Run, until
+from forked import PIPE, Forked
 from hypothesis import given
 from hypothesis import strategies as st
 from shm_reader import Take
@@ -195,14 +194,10 @@ class Reader:
     """The reading process."""
 
     def __init__(self, sockets: Path, peer_address: str) -> None:
-        script = str(Path(__file__).with_name("shm_reader.py"))
+        script = Path(__file__).with_name("shm_reader.py")
         self.address = f"ipc://{sockets}/reader"
-        self.process = subprocess.Popen(
-            [sys.executable, script, self.address, peer_address, str(sockets / "shared")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        words = (self.address, peer_address, str(sockets / "shared"))
+        self.process = Forked(script, *words, stdin=PIPE, stdout=PIPE)
 
     async def says(self, command: str = "") -> str:
         """Its next line, after a command if any."""

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from channel_peers import Run
+from forked import PIPE, Forked
 from weights_publisher import KEEP, adapter, first_state, update
 
 from channels.errors import BadFrame, PeerLost, VersionGone
@@ -41,12 +40,8 @@ class OtherNode:
 
     def __init__(self, directory: Path, variant: str, fetcher: str) -> None:
         program = Path(__file__).with_name("weights_server_peer.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(program), str(directory), variant, fetcher],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        words = (str(directory), variant, fetcher)
+        self.process = Forked(program, *words, stdin=PIPE, stdout=PIPE)
         self.address: str = self._line()
         self.bytes_sent = 0
 

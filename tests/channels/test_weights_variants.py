@@ -1,8 +1,6 @@
 """Full, delta and adapter versions of the weights: the same bits on both sides, whatever happens in between."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import PIPE, Forked
 from weights_publisher import KEEP, adapter, first_state, update
 
 from channels.errors import BadFrame, VersionGone, WeightsMismatch
@@ -70,12 +69,7 @@ class Publisher:
 
     def __init__(self, directory: Path, variant: str) -> None:
         program = Path(__file__).with_name("weights_publisher.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(program), str(directory), variant],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.process = Forked(program, str(directory), variant, stdin=PIPE, stdout=PIPE)
 
     def publish(self, run_attempt: int, version: int, **given: object) -> tuple[str, int] | None:
         """Its variant and bytes, or None if it died."""
@@ -89,7 +83,7 @@ class Publisher:
 
     def end(self) -> int:
         self.process.communicate(timeout=30)
-        return self.process.returncode
+        return self.process.wait()
 
 
 @contextmanager
