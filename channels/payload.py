@@ -9,9 +9,9 @@ array, its dtype, shape and where its bytes are.
 * Arrays below FRAME_BYTES are copied into the pack, 16-byte aligned; larger ones that are
   contiguous are not copied, so they must not be changed until the receiver has acknowledged them.
   Non-contiguous ones are copied.
-* A tuple of several instances of one registered class travels as columns, field by field: what all rows
-  share once, one-dimensional arrays of different lengths packed one after another with their lengths.
-  Decoded rows that are equal in every field may be one object.
+* A tuple of several instances of one registered class travels as columns, field by field, and so do the instances
+  in these fields: what all rows share once, small arrays that differ in their first dimension at most one after
+  another with their lengths. Decoded rows that are equal in every field may be one object.
 * Decoded numpy arrays are views on the received buffers and hold them alive; whether they may be
   written is not promised. Decoded torch tensors are on the CPU and writable; torch is imported only
   when a tensor occurs.
@@ -23,9 +23,11 @@ import math
 import operator
 import struct
 import sys
+import types
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgpack
 import numpy as np
@@ -37,12 +39,17 @@ KEPT_HEADER_BYTES = 1 << 20  # an encoder that has grown beyond is not used agai
 MAX_NESTING = 4  # of encoded trees in encoded trees
 MAX_ROWS = 1 << 20  # of one table of columns
 
+_exhaust = deque[Any](
+    maxlen=0
+).extend  # runs an iterator to its end, at the interpreter's own speed
+
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
 
 _CLASS, _TUPLE, _ARRAY, _SCALAR, _TENSOR, _BIG_INT, _ENCODED, _TABLE = range(1, 9)
-# Kinds of columns: one value for all rows, a list, packed arrays, packed tuples.
+# Kinds of columns: one value for all rows, a value for each, packed arrays, packed tuples.
 _SHARED, _EACH, _ARRAYS, _TUPLES = range(4)
+_kind_of = operator.itemgetter(0)  # of a column; _SHARED is the one that is false
 
 # Positions in these tables are the wire format: append only.
 _NUMPY_DTYPES = tuple(
@@ -59,6 +66,9 @@ _TORCH_DTYPES = (
 )
 _OTHER_DTYPE = 255  # its description follows the shape
 _NUMPY_CODES = {dtype: code for code, dtype in enumerate(_NUMPY_DTYPES)}
+_ATOMS = frozenset(
+    {str, int, bool, bytes, type(None)}
+)  # equal means the same, among values of one such type
 _PADDING = tuple(bytes((-n) % 16) for n in range(16))  # by length modulo 16
 # dtype code, dimensions, frame (0 is the pack), offset, shape
 _PLACES = tuple(struct.Struct(f"<BBIQ{ndim}Q") for ndim in range(65))
@@ -120,20 +130,35 @@ class _Registered:
         self.fields = tuple(f.name for f in dataclasses.fields(cls))
         self.marker = msgpack.ExtType(_CLASS, name.encode())
         self.table_marker = msgpack.ExtType(_TABLE, name.encode())
-        self.values: Callable[[Any], list[Any]]
+        self.table = _Table(self)
+        self.values: Callable[[Any], Sequence[Any]]
         if len(self.fields) > 1:
-            getter = operator.attrgetter(*self.fields)
-            self.values = lambda value: list(getter(value))
+            self.values = operator.attrgetter(*self.fields)
         else:
             self.values = lambda value: [getattr(value, name) for name in self.fields]
+        self._setters = _setters(cls, self.fields)
+
+    def columns(self, rows: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
+        """What instances have in each field."""
+        return zip(*map(self.values, rows), strict=True)
 
     def make(self, values: Any) -> Any:
         if type(values) is not list or len(values) > len(self.fields):
             raise BadFrame(f"{self.name} has the fields {self.fields}, received {values!r:.200}")
-        return self.cls(**dict(zip(self.fields, values, strict=False)))
+        if self._setters is None or len(values) != len(self._setters):
+            return self.cls(**dict(zip(self.fields, values, strict=False)))
+        made: Any = object.__new__(self.cls)
+        for put, value in zip(self._setters, values, strict=True):
+            put(made, value)
+        return made
 
-    def make_rows(self, table: Any) -> tuple[Any, ...]:
-        """The instances of a table: the number of rows, then a column for each field."""
+    def make_rows(
+        self, table: Any, values_of: Callable[[Any, int], Sequence[Any]]
+    ) -> tuple[Any, ...]:
+        """The instances of a table: the number of rows, then a column for each field.
+
+        values_of: gives the values of a column that its rows do not share, for a number of rows
+        """
         if type(table) is not list or not table or type(table[0]) is not int:
             raise BadFrame(f"a table of {self.name} starts with its rows, received {table!r:.200}")
         count, *columns = table
@@ -142,17 +167,41 @@ class _Registered:
                 f"a table of {self.name} has up to {MAX_ROWS} rows and {len(self.fields)} columns, "
                 f"received {count} and {len(columns)}"
             )
-        if all(column[0] == _SHARED for column in columns):
+        if not any(map(_kind_of, columns)):
             row = self.make([column[1] for column in columns])
             return tuple(itertools.repeat(row, count))
-        fields = self.fields[: len(columns)]
-        cls = self.cls
-        rows = zip(*(_column(column, count) for column in columns), strict=True)
-        return tuple([cls(**dict(zip(fields, row, strict=True))) for row in rows])
+        cls, setters = self.cls, self._setters
+        values = [
+            itertools.repeat(column[1], count) if column[0] == _SHARED else values_of(column, count)
+            for column in columns
+        ]
+        if setters is None or len(columns) != len(setters):
+            fields = self.fields[: len(columns)]
+            return tuple(
+                [cls(**dict(zip(fields, row, strict=True))) for row in zip(*values, strict=True)]
+            )
+        new = object.__new__
+        rows: tuple[Any, ...] = tuple([new(cls) for _ in range(count)])
+        for put, column in zip(setters, values, strict=True):
+            _exhaust(map(put, rows, column))
+        return rows
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
+def _setters(cls: type, fields: Sequence[str]) -> list[Callable[[Any, Any], None]] | None:
+    """What puts each field into an instance, where a constructor does nothing else; None for other classes.
+
+    So instances are made in a third of the time that calls of the constructor take.
+    """
+    generated: bool = cls.__dataclass_params__.init  # type: ignore[attr-defined]
+    own_new = any("__new__" in base.__dict__ for base in cls.__mro__[:-1])
+    if not generated or own_new or hasattr(cls, "__post_init__"):
+        return None
+    slots = [getattr(cls, field, None) for field in fields]
+    setters = [slot.__set__ for slot in slots if isinstance(slot, types.MemberDescriptorType)]
+    return setters if len(setters) == len(fields) else None
+
+
+class _Table(NamedTuple):
     """Marks a decoded map as the table of a class."""
 
     registered: _Registered
@@ -232,7 +281,7 @@ def decode(header: Buffer, buffers: Sequence[Buffer] = (), nesting: int = 0) -> 
         return msgpack.unpackb(
             header,
             ext_hook=decoder.extension,
-            object_hook=_mapping,
+            object_hook=decoder.mapping,
             strict_map_key=False,
             unicode_errors="surrogatepass",
         )
@@ -268,17 +317,12 @@ class _Encoder:
             return self._array(value)
         registered = _classes.get(cls)
         if registered is not None:
-            return {registered.marker: registered.values(value)}
+            return {registered.marker: list(registered.values(value))}
         if cls is tuple:
             registered = _row_class(value)
             if registered is None:
                 return {_TUPLE_MARKER: list(value)}
-            return {
-                registered.table_marker: [
-                    len(value),
-                    *self._columns(zip(*map(registered.values, value), strict=True)),
-                ]
-            }
+            return self._table(registered, value)
         if cls is Encoded:
             return self._encoded(value)
         if isinstance(value, np.generic):
@@ -295,32 +339,75 @@ class _Encoder:
             "with channels.payload.register, or send dicts, lists, numbers, text and arrays"
         )
 
-    def _columns(self, columns: Iterable[Sequence[Any]]) -> list[list[Any]]:
-        return [
-            [_SHARED, values[0]] if _same(values) else self._column(values) for values in columns
-        ]
+    def _table(self, registered: _Registered, rows: Sequence[Any]) -> dict[Any, Any]:
+        columns = map(self._column, registered.columns(rows))
+        return {registered.table_marker: [len(rows), *columns]}
 
-    def _column(self, values: Sequence[Any]) -> list[Any]:
+    def _column(self, values: tuple[Any, ...]) -> list[Any]:
+        """A column of a table, from the values of all rows."""
         first = values[0]
-        if type(first) is np.ndarray and first.ndim == 1 and first.nbytes < FRAME_BYTES:
-            dtype = first.dtype
-            if all(type(v) is np.ndarray and v.ndim == 1 and v.dtype == dtype for v in values):
-                joined = np.concatenate(values)
-                # Not so for a foreign byte order or empty strings, which numpy replaces.
-                if joined.dtype == dtype:
-                    return [_ARRAYS, list(map(len, values)), joined]
-        if type(first) is tuple and all(type(v) is tuple for v in values):
-            rows = tuple(itertools.chain.from_iterable(values))
-            if _row_class(rows) is not None:
-                return [_TUPLES, list(map(len, values)), rows]
-        if _row_class(values) is not None:
-            return [_EACH, tuple(values)]
-        return [_EACH, list(values)]
+        cls = type(first)
+        # Looking at the last one first spares most columns the rest.
+        if first is values[-1] and len(set(map(id, values))) == 1:
+            return [_SHARED, first]
+        if len(set(map(type, values))) > 1:
+            return [_EACH, list(values)]
+        if cls is np.ndarray:
+            return self._arrays(values) or [_EACH, list(values)]
+        if cls in _ATOMS:
+            return [_SHARED, first] if values.count(first) == len(values) else [_EACH, list(values)]
+        if cls is tuple:
+            return self._tuples(values)
+        registered = _classes.get(cls)
+        return self._instances(registered, values) if registered else [_EACH, list(values)]
+
+    def _instances(self, registered: _Registered, values: tuple[Any, ...]) -> list[Any]:
+        columns = list(map(self._column, registered.columns(values)))
+        if not any(map(_kind_of, columns)):
+            return [_SHARED, {registered.marker: [column[1] for column in columns]}]
+        return [_EACH, {registered.table_marker: [len(values), *columns]}]
+
+    def _tuples(self, values: tuple[Any, ...]) -> list[Any]:
+        lengths = list(map(len, values))
+        length = lengths[0] if len(set(lengths)) == 1 else None  # of each of them
+        rows = tuple(itertools.chain.from_iterable(values))
+        registered = _row_class(rows)
+        if length is not None and (registered is None or length > 1) and _same(values):
+            return [_SHARED, values[0]]
+        if registered is None:
+            return [_EACH, list(values)]
+        kind, content = self._instances(registered, rows)
+        if kind == _EACH:
+            return [_TUPLES, lengths, content]
+        if length is not None:
+            return [_SHARED, {_TUPLE_MARKER: [content] * length}]
+        return [_TUPLES, lengths, self._table(registered, rows)]
+
+    def _arrays(self, arrays: Sequence[Any]) -> list[Any] | None:
+        """A column of arrays that are small, and alike in all but the first dimension; None for others."""
+        first = arrays[0]
+        dtype, rest = first.dtype, first.shape[1:]
+        code = _NUMPY_CODES.get(dtype)
+        if code is None or [array.dtype for array in arrays].count(dtype) < len(arrays):
+            return None
+        shapes = [array.shape for array in arrays]
+        if shapes.count(first.shape) < len(shapes) and {shape[1:] for shape in shapes} != {rest}:
+            return None
+        if not all(shapes):  # () has no first dimension
+            return None
+        lengths = [shape[0] for shape in shapes]
+        if max(lengths) * math.prod(rest) * dtype.itemsize >= FRAME_BYTES:
+            return None
+        try:
+            data = b"".join(arrays)
+        except TypeError:  # some of them are not contiguous
+            data = b"".join([array.tobytes() for array in arrays])
+        frame, offset = self._put(data)
+        return [_ARRAYS, lengths, code, frame, offset, *rest]
 
     def _array(self, array: Any) -> Any:
         code = _NUMPY_CODES.get(array.dtype, _OTHER_DTYPE)
-        nbytes = array.nbytes
-        if nbytes < FRAME_BYTES:
+        if array.nbytes < FRAME_BYTES:
             frame, offset = 0, self._append(array.tobytes())
         else:
             flat = np.ascontiguousarray(array).reshape(-1)
@@ -379,6 +466,12 @@ class _Encoder:
         self.pack_size = offset + size + len(padding)
         return offset
 
+    def _put(self, data: bytes) -> tuple[int, int]:
+        """Copies of arrays, in the pack or as a frame: which, and where in it."""
+        if len(data) < FRAME_BYTES:
+            return 0, self._append(data)
+        return self._frame(memoryview(data)), 0
+
     def _frame(self, data: memoryview) -> int:
         self.frames.append(data)
         return len(self.frames)  # 0 is the pack
@@ -387,15 +480,27 @@ class _Encoder:
 _idle: list[_Encoder] = []  # making one costs more than encoding a small tree
 
 
+class _Rows(NamedTuple):
+    """Where the rows of a column lie that are packed one after another."""
+
+    lengths: Sequence[int]
+    slices: Sequence[slice]
+    stop: int
+
+
+_NO_ROWS = _Rows([], [], 0)
+
+
 class _Decoder:
     """Puts arrays and registered classes back into the tree, after checking every place against the
     buffers."""
 
-    __slots__ = ("buffers", "nesting")
+    __slots__ = ("buffers", "nesting", "rows")
 
     def __init__(self, buffers: Sequence[Buffer], nesting: int) -> None:
         self.buffers = buffers
         self.nesting = nesting
+        self.rows = _NO_ROWS
 
     def extension(self, code: int, data: bytes) -> Any:
         if code == _ARRAY:
@@ -405,7 +510,7 @@ class _Decoder:
         if code == _TUPLE:
             return _tuple_mark
         if code == _TABLE:
-            return _Table(_registered(data))
+            return _registered(data).table
         if code == _TENSOR:
             return self._tensor(data)
         if code == _SCALAR:
@@ -415,6 +520,52 @@ class _Decoder:
         if code == _BIG_INT:
             return int.from_bytes(data, "little", signed=True)
         raise BadFrame(f"unknown extension {code} in a payload")
+
+    def mapping(self, value: dict[Any, Any]) -> Any:
+        """Undo the one-entry maps that stand for dataclasses, tables and tuples."""
+        if len(value) == 1:
+            ((key, content),) = value.items()
+            if type(key) is _Registered:
+                return key.make(content)
+            if type(key) is _Table:
+                return key.registered.make_rows(content, self._column)
+            if key is _tuple_mark:
+                return tuple(content)
+        return value
+
+    def _column(self, column: Any, count: int) -> Sequence[Any]:
+        """A column's value for each of `count` rows, unless they share it."""
+        kind = column[0]
+        if kind == _EACH:
+            values: Sequence[Any] = column[1]
+        elif kind in (_ARRAYS, _TUPLES):
+            rows = self._rows_of(column[1])
+            packed = column[2] if kind == _TUPLES else self._joined(rows.stop, *column[2:])
+            if len(packed) != rows.stop:
+                raise BadFrame(f"rows of {rows.stop} in all were packed, received {len(packed)}")
+            values = list(map(packed.__getitem__, rows.slices))
+        else:
+            raise BadFrame(f"unknown kind {kind!r:.20} of a column")
+        if type(values) not in (list, tuple) or len(values) != count:
+            raise BadFrame(f"a column of {len(values)} values in a table of {count} rows")
+        return values
+
+    def _rows_of(self, lengths: list[int]) -> "_Rows":
+        """Where rows of these lengths lie. Several columns of a table have the same as a rule."""
+        if lengths != self.rows.lengths:
+            ends = list(itertools.accumulate(lengths))
+            if min(lengths) < 0:
+                raise BadFrame(f"rows of {lengths!r:.100}")
+            self.rows = _Rows(lengths, list(map(slice, [0, *ends], ends)), ends[-1])
+        return self.rows
+
+    def _joined(self, length: int, code: int, frame: int, offset: int, *rest: int) -> Any:
+        """The arrays of a column, one after another."""
+        if frame < 0 or offset < 0:
+            raise BadFrame(f"arrays lie at {offset} of buffer {frame}")
+        dtype, shape = _NUMPY_DTYPES[code], (length, *rest)
+        buffer = self._buffer(frame, offset, math.prod(shape) * dtype.itemsize)
+        return np.ndarray(shape, dtype, buffer, offset)
 
     def _array(self, data: bytes) -> Any:
         if len(data) == _PLACE_1D.size and data[1] == 1:
@@ -482,19 +633,6 @@ _TUPLE_MARKER = msgpack.ExtType(_TUPLE, b"")
 _tuple_mark = object()
 
 
-def _mapping(value: dict[Any, Any]) -> Any:
-    """Undo the one-entry maps that stand for dataclasses and tuples."""
-    if len(value) == 1:
-        key, content = next(iter(value.items()))
-        if type(key) is _Registered:
-            return key.make(content)
-        if key is _tuple_mark:
-            return tuple(content)
-        if type(key) is _Table:
-            return key.registered.make_rows(content)
-    return value
-
-
 def _registered(name: bytes) -> _Registered:
     registered = _names.get(name)
     if registered is None:
@@ -510,48 +648,23 @@ def _row_class(values: Sequence[Any]) -> _Registered | None:
         return None
     cls = type(values[0])
     registered = _classes.get(cls)
-    return registered if registered and all(type(value) is cls for value in values) else None
+    return registered if registered and len(set(map(type, values))) == 1 else None
 
 
 def _same(values: Sequence[Any]) -> bool:
     """Whether one value can stand for all, in every bit of it."""
     first = values[0]
-    if all(value is first for value in values):
-        return True
     cls = type(first)
-    if any(type(value) is not cls for value in values):
+    if first is values[-1] and len(set(map(id, values))) == 1:
+        return True
+    if len(set(map(type, values))) > 1:
         return False
-    if cls is str or cls is int or cls is bool or cls is bytes:
-        return all(value == first for value in values)
+    if cls in _ATOMS:
+        return values.count(first) == len(values)
     if cls is tuple:
-        length = len(first)
-        if any(len(value) != length for value in values):
-            return False
-        return all(map(_same, zip(*values, strict=True)))
+        return len(set(map(len, values))) == 1 and all(map(_same, zip(*values, strict=True)))
     registered = _classes.get(cls)
-    return registered is not None and all(
-        map(_same, zip(*map(registered.values, values), strict=True))
-    )
-
-
-def _column(column: Any, count: int) -> Sequence[Any]:
-    """A column's value for each of `count` rows."""
-    kind, *content = column
-    if kind == _SHARED:
-        return [content[0]] * count
-    if kind == _EACH:
-        values: Sequence[Any] = content[0]
-    elif kind in (_ARRAYS, _TUPLES):
-        lengths, packed = content
-        ends = list(itertools.accumulate(lengths))
-        if min(lengths, default=0) < 0 or len(packed) != (ends[-1] if ends else 0):
-            raise BadFrame(f"rows of {lengths!r:.100} were packed, received {len(packed)} in all")
-        values = [packed[end - n : end] for n, end in zip(lengths, ends, strict=True)]
-    else:
-        raise BadFrame(f"unknown kind {kind!r:.20} of a column")
-    if type(values) not in (list, tuple) or len(values) != count:
-        raise BadFrame(f"a column of {len(values)} values in a table of {count} rows")
-    return values
+    return registered is not None and all(map(_same, registered.columns(values)))
 
 
 def _unpack_place(data: bytes) -> tuple[int, tuple[int, ...], int, int, bytes]:

@@ -225,6 +225,18 @@ def test_rows_of_a_class_travel_as_columns() -> None:
         (np.zeros(0, np.int8), np.zeros(3, np.int8)),
         (np.zeros(2, np.int8), np.zeros(2, np.int16)),
         (np.zeros(2), np.zeros((2, 2))),
+        (np.array(1.0), np.array(2.0)),
+        (np.zeros(2), np.array(2.0)),
+        (np.ones((3, 2)), np.zeros((1, 2)), np.zeros((0, 2))),
+        (np.ones((3, 2)), np.zeros((3, 1))),
+        (np.arange(6).reshape(2, 3).T, np.arange(9)[::3, None] * [1, 2]),
+        (np.arange(3), np.ma.masked_array([1, 2, 3]).data[::-1]),
+        (np.zeros(0), np.zeros(0)),
+        (np.arange(FRAME_BYTES // 8 - 1), np.arange(FRAME_BYTES // 8 - 2)),
+        ((Single("a"), Single("b")), (Single("a"), Single("b"))),
+        ((Single("a"), Single("a")), (Single("a"),)),
+        ((Single(1),), (Single(True),)),
+        (("a", 1), ("a", True)),
         (np.zeros(2 * FRAME_BYTES), np.zeros(1)),
         (np.zeros(2, ">f8"), np.ones(2, ">f8")),
         (np.zeros(1, "S0"), np.zeros(1, "S0")),
@@ -239,6 +251,42 @@ def test_a_column_keeps_every_bit_and_type(values: tuple[Any, ...]) -> None:
     assert [type(row) for row in arrived] == [Single] * len(values)
     for row, value in zip(arrived, values, strict=True):
         assert repr(row.value) == repr(value)
+
+
+def test_small_arrays_of_all_rows_are_one_and_large_ones_are_not_copied() -> None:
+    """Packed where that is cheaper; a large array keeps its own memory, whatever its neighbours are."""
+    small = tuple(Single(np.full((n, 4), n, np.float32)) for n in range(3))
+    encoded = payload.encode(small)
+    assert len(encoded.pack) == sum(row.value.nbytes for row in small)
+    large = np.zeros(FRAME_BYTES, np.uint8)
+    (frame,) = payload.encode((Single(np.zeros(1, np.uint8)), Single(large))).frames
+    assert isinstance(frame, memoryview)
+    assert np.shares_memory(np.frombuffer(frame, np.uint8), large)
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Positive:
+    """Checks what it is made of."""
+
+    value: int
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.value < 1:
+            raise ValueError(f"{self.value} is not positive")
+
+
+@pytest.mark.parametrize("values", [(1, -1), (-1, -1), (-1,)])
+def test_checks_of_a_constructor_apply_to_every_row(values: tuple[int, ...]) -> None:
+    """Only constructors that check nothing are passed by."""
+    rows = tuple(Positive(1, str(value)) for value in values)
+    for row, value in zip(rows, values, strict=True):
+        object.__setattr__(row, "value", value)
+    with pytest.raises(BadFrame, match="not positive"):
+        travel(rows)
+    good = (Positive(1, "a"), Positive(2, "b"))
+    assert travel(good) == good
 
 
 def table_header(*table: Any) -> bytes:
@@ -335,8 +383,21 @@ def array_header(code: int, shape: tuple[int, ...], frame: int, offset: int) -> 
         table_header(2, [1, [1]]),
         table_header(2, [1, 5]),
         table_header(2, [1, {"a": 1, "b": 2}]),
-        table_header(2, [2, [1, 2], [1, 2]]),
-        table_header(2, [2, [-1, 3], [1, 2]]),
+        table_header(2, [2, [1, 2], 4]),
+        table_header(2, [2, [1, 2], 4, 0, 0]),
+        table_header(2, [2, [1, 1], 4, 0, 8]),
+        table_header(2, [2, [1, 1], 4, 0, -8]),
+        table_header(2, [2, [1, 1], 1, -1, 0]),
+        table_header(2, [2, [1, 1], 99, 0, 0]),
+        table_header(2, [2, [1, 1], 1, 0, 0, 2**40]),
+        table_header(2, [2, [1, 1], 1, 0, 0, -1]),
+        table_header(2, [2, [-1, 3], 1, 0, 0]),
+        table_header(2, [2, [1], 1, 0, 0]),
+        table_header(2, [2, [], 1, 0, 0]),
+        table_header(2, [2, 2, 1, 0, 0]),
+        table_header(2, [3, [1, 2], [1, 2]]),
+        table_header(2, [3, [-1, 3], [1, 2]]),
+        table_header(2, [3, [1, 1], 7]),
         table_header(2, [9, [1, 2]]),
         table_header(2, [1, [1, 2]], [0, ""], [0, {}], [0, 1]),
         msgpack.packb({msgpack.ExtType(8, b"os.system"): [2, [0, "true"]]}),
