@@ -122,14 +122,18 @@ class Group:
         return np.array([segment.episode_return for segment in self.segments], dtype=np.float32)
 
     @property
+    def versions(self) -> Int32:
+        """int32 [units of all turns]: the policy version that sampled each.
+
+        Joined, because numpy takes as long for the few units of one turn as for those of all.
+        """
+        versions = [turn.action.versions for segment in self.segments for turn in segment.turns]
+        return np.concatenate(versions) if versions else np.zeros(0, dtype=np.int32)
+
+    @property
     def min_version(self) -> int:
         """The oldest policy version that sampled any token of the group."""
-        return min(
-            int(turn.action.versions.min())
-            for segment in self.segments
-            for turn in segment.turns
-            if turn.action.versions.size
-        )
+        return int(self.versions.min())
 
     @property
     def num_tokens(self) -> int:

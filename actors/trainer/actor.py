@@ -203,19 +203,16 @@ class TrainerActor(Actor):
             if key in self.pool:
                 continue  # delivered twice: its env actor died after the first delivery
             self.pool[key] = group
-            versions = [
-                turn.action.versions for segment in group.segments for turn in segment.turns
-            ]
-            sampled = [v for v in versions if v.size]
+            versions = group.versions
             self._tell(
                 GroupReceived(
                     group=group.group,
                     attempt=group.attempt,
                     run_attempt=group.run_attempt,
-                    min_version=min((int(v.min()) for v in sampled), default=self.step),
-                    max_version=max((int(v.max()) for v in sampled), default=self.step),
-                    tokens=group.num_tokens,
-                    rewards=[float(r) for r in group.rewards],
+                    min_version=int(versions.min()) if versions.size else self.step,
+                    max_version=int(versions.max()) if versions.size else self.step,
+                    tokens=versions.size,
+                    rewards=group.rewards.tolist(),
                     info=_mean_info(group.segments),
                 )
             )
