@@ -8,7 +8,7 @@ clear goes on with "?bulk=PORT.NONCE", see `channels.tensors.tags`: a second por
 import ipaddress
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import zmq
 
@@ -16,14 +16,16 @@ from channels.errors import BadFrame, ChannelError
 from channels.handshakes import HandshakeWatch
 from channels.security import Security
 from channels.sockets import Connection, DrainedSocket, Frame, Part, send_parts
-from channels.tensors.tags import CONNECTION_BYTES, TagCheck, Tagger
 from channels.tensors.tcp import (
     CHUNK_BYTES,
+    CONNECTION_BYTES,
     IDENTITY_SUFFIX,
     IN_FLIGHT,
-    TAGGED_PER_TURN,
     BulkSender,
 )
+
+if TYPE_CHECKING:
+    from channels.tensors.tags import TagCheck
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +100,14 @@ class Remote:
         self._mailboxes.append(DrainedSocket(router, self._received))
         self.address = router.get_string(zmq.LAST_ENDPOINT)
         if self._security is not None and self._security.plain_bulk:
+            # Not on top: OpenSSL takes 12 ms to load, which only members with plain bulk are to spend.
+            from channels.tensors.tags import TagCheck
+
             self._tags = TagCheck(self._security)
             bulk = self._router(CHUNK_BYTES)
             bulk.setsockopt(zmq.RCVHWM, IN_FLIGHT)  # of each stranger, too
             self._bind(bulk, f"tcp://{_Place(self.address).host}:*")
-            taken = DrainedSocket(bulk, self._tagged, per_turn=TAGGED_PER_TURN)
+            taken = DrainedSocket(bulk, self._tagged, per_turn=IN_FLIGHT)
             self._mailboxes.append(taken)
             port = bulk.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
             self.address += f"{_BULK}{port}.{self._tags.nonce.hex()}"
@@ -129,6 +134,8 @@ class Remote:
         security = self._security
         tagger = None
         if security is not None and security.plain_bulk and place.bulk_port:
+            from channels.tensors.tags import Tagger
+
             tagger = Tagger(security, self._name, place.nonce)
             identity += tagger.connection
         dealer = self._dealer(identity, IN_FLIGHT)

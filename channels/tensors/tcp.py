@@ -14,19 +14,21 @@ import asyncio
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import zmq
 
 from channels.errors import BadFrame
-from channels.tensors.tags import Tagger
+
+if TYPE_CHECKING:
+    from channels.tensors.tags import Tagger
 
 CHUNK_BYTES = 1 << 20
 IN_FLIGHT = 16  # chunks that wait in the socket; the kernel's buffers come on top
-TAGGED_PER_TURN = 4  # a tag takes half a millisecond
 MAX_OPEN = 1024  # transfers of one sender at a time
 IDENTITY_SUFFIX = b"\x1fbulk"  # of the second connection; no name ends so
+CONNECTION_BYTES = 16  # of its number, which follows where chunks have tags
 
 _PLACE = struct.Struct("<QQ")  # transfer, bytes
 PLACE_BYTES = _PLACE.size
@@ -64,7 +66,7 @@ class BulkSender:
     tagger: makes the tags of chunks that are not enciphered
     """
 
-    def __init__(self, socket: "zmq.Socket[bytes]", tagger: Tagger | None = None) -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", tagger: "Tagger | None" = None) -> None:
         self._socket = socket
         self._tagger = tagger
         self._loop = asyncio.get_running_loop()
@@ -98,7 +100,7 @@ class BulkSender:
 
     def _pump(self) -> None:
         # EVENTS is asked at least once per edge of the descriptor, else there would be no next one.
-        for _ in range(IN_FLIGHT if self._tagger is None else TAGGED_PER_TURN):
+        for _ in range(IN_FLIGHT):
             if self._closed or not int(self._socket.getsockopt(zmq.EVENTS)) & _WRITABLE:
                 return
             if not self._queue:

@@ -4,6 +4,7 @@ import secrets
 import struct
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from channels.errors import BadFrame
 from channels.security import KEY_BYTES, Security
@@ -48,6 +49,24 @@ def test_an_older_connection_is_not_good_again_beside_a_newer_one(security: Secu
     check.check("a", new.connection, HEAD, new.mark(HEAD, DATA), DATA)
     with pytest.raises(BadFrame, match="a replay"):
         check.check("a", old.connection, HEAD, recorded, DATA)
+
+
+def test_no_two_chunks_share_key_and_number(security: Security) -> None:
+    """It would give the key away. A sender that is started anew counts from the same number, under another key."""
+    nonce = TagCheck(security).nonce
+    first, again = (Tagger(security, "a", nonce) for _ in range(2))
+    marks = [first.mark(HEAD, DATA) for _ in range(3)]
+    assert [int.from_bytes(mark[:8], "little") for mark in marks] == [1, 2, 3]
+    assert len({mark[8:] for mark in (*marks, again.mark(HEAD, DATA))}) == 4
+
+
+def test_tag_is_the_gmac_of_head_and_bytes(security: Security) -> None:
+    """As the one-shot function makes it, of both in one piece under the number as nonce."""
+    tagger = Tagger(security, "a", nonce := bytes(16))
+    key = security.derive(b"bulk", nonce, b"a", tagger.connection)
+    whole = struct.pack("<Q", len(HEAD)) + HEAD + bytes(DATA)
+    expected = AESGCM(key).encrypt(struct.pack("<QI", 1, 0), b"", whole)
+    assert tagger.mark(HEAD, DATA) == struct.pack("<Q", 1) + expected
 
 
 def test_nothing_may_differ_from_what_was_marked(security: Security) -> None:
