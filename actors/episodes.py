@@ -80,8 +80,25 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyReading:
+    """What policy and critic of one version say of a segment's trained tokens, by an inference actor.
+
+    proximal: float32 [trained], log-probs    values: float32 [trained], before each token    None: not asked for
+    last_value: the critic's after the segment's last token
+    """
+
+    version: int
+    proximal: Float32 | None = None
+    values: Float32 | None = None
+    last_value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Consecutive turns of one episode. `bootstrap`: the observation after the last turn where it was truncated."""
+    """Consecutive turns of one episode. `bootstrap`: the observation after the last turn where it was truncated.
+
+    reading: of the version that the step begins with which trains it, where inference actors give it
+    """
 
     sample: int  # index within the group
     turns: tuple[Turn, ...]
@@ -90,6 +107,7 @@ class Segment:
     truncated: bool = False
     bootstrap: Any = None
     info: dict[str, float | str] = field(default_factory=dict)
+    reading: PolicyReading | None = None
 
     @property
     def episode_return(self) -> float:
@@ -178,3 +196,15 @@ class TurnRequest:
     samples: tuple[SampleRequest, ...]
     sampling: Sampling | None = None
     key: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadingRequest:
+    """What a trainer asks of an inference actor: how exactly this version's policy and critic read a group.
+
+    Answered with a `PolicyReading` for each of its segments, in their order.
+    """
+
+    group: Group
+    run_attempt: int
+    version: int

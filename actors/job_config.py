@@ -42,9 +42,9 @@ class JobConfig(Section, frozen=True, kw_only=True):
     @property
     def source_of_groups(self) -> str:
         """The kind of actor that the trainer gets groups from."""
-        return "inference" if self.inference.devices else "env"
+        return "inference" if self.inference.gives("reference") else "env"
 
     @property
     def target_of_groups(self) -> str:
         """The kind of actor that env actors give finished groups to."""
-        return "inference" if self.inference.devices else "trainer"
+        return "inference" if self.inference.gives("reference") else "trainer"

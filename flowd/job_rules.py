@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from actors.algorithms.config import CHOICES as ALGORITHM_CHOICES
-from actors.algorithms.config import PAPERS, broken_rule
+from actors.algorithms.config import PAPERS, broken_rule, reads_proximal
 from actors.conductor.config import evaluates, evaluation_env
+from actors.inference.config import COMPUTES, InferenceConfig
 from actors.job_config import JobConfig
 from actors.models.config import broken_rule as broken_policy_rule
 from flowd.errors import JobFileError
@@ -246,13 +247,6 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
         "leaves every group of one sample out, so nothing would be trained: set rollout.group_size to 2 or more",
     )
     require(
-        not config.inference.devices or config.algorithm.kl_coefficient > 0,
-        "inference",
-        "devices",
-        "has nothing to compute: only the reference's log-probs are, and algorithm.kl_coefficient = 0 asks for none; "
-        "use 0, or give the KL a weight",
-    )
-    require(
         not (config.trainer.compile and config.policy is not None),
         "trainer",
         "compile",
@@ -264,15 +258,10 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
         "lora",
         "is for language models: leave [model.lora] out",
     )
-    require(
-        not (config.inference.devices and config.policy is not None),
-        "inference",
-        "devices",
-        "reads language models only, and the job has a [policy]: use 0, and the trainer computes the reference",
-    )
     broken = broken_rule(config.algorithm)
     if broken is not None:
         require(False, "algorithm", *broken)
+    _check_inference(config, require)
     require(
         rollout.group_size <= rollout.max_running,
         "rollout",
@@ -309,6 +298,80 @@ def _check_sizes(config: JobConfig, require: Any) -> None:
         "betas",
         "is out of range: both decay rates must be at least 0 and less than 1; "
         "the default is [0.9, 0.95]",
+    )
+
+
+def _check_inference(config: JobConfig, require: Any) -> None:
+    """What inference actors compute is known, needed, and of the very weights that the trainer computes with."""
+    inference, algorithm = config.inference, config.algorithm
+    for what in inference.computes:
+        require(
+            what in COMPUTES, "inference", "computes", f'holds "{what}"; {_near(what, COMPUTES)}'
+        )
+    require(
+        inference.devices > 0 or inference.computes == InferenceConfig().computes,
+        "inference",
+        "computes",
+        "is for actors that the job does not have: set inference.devices to 1 or more, or leave it out",
+    )
+    if not inference.devices:
+        return
+    require(
+        config.policy is None,
+        "inference",
+        "devices",
+        "reads language models only, and the job has a [policy]: use 0, and the trainer computes all itself",
+    )
+    if inference.computes == InferenceConfig().computes:
+        require(
+            algorithm.kl_coefficient > 0,
+            "inference",
+            "devices",
+            "has nothing to compute: the reference's log-probs are, unless inference.computes says otherwise, and "
+            "algorithm.kl_coefficient = 0 asks for none; use 0, give the KL a weight, or set computes",
+        )
+    require(
+        len(inference.computes) > 0,
+        "inference",
+        "computes",
+        f"leaves inference actors nothing to do: name some of {', '.join(COMPUTES)}, or set inference.devices = 0",
+    )
+    require(
+        not inference.gives("reference") or algorithm.kl_coefficient > 0,
+        "inference",
+        "computes",
+        'has "reference", and algorithm.kl_coefficient = 0 asks for none: leave it out, or give the KL a weight',
+    )
+    require(
+        not inference.gives("proximal") or reads_proximal(algorithm),
+        "inference",
+        "computes",
+        'has "proximal", which nobody reads: it is the policy before the step\'s first update, for '
+        'algorithm.proximal = "recomputed" and more than one update in a step (epochs, mini_batches); leave it out',
+    )
+    with_critic = [name for name, paper in PAPERS.items() if paper.critic]
+    require(
+        not inference.gives("values") or algorithm.name in with_critic,
+        "inference",
+        "computes",
+        f'has "values", and {algorithm.name} has no critic ({" and ".join(with_critic)} have): leave it out',
+    )
+    if not inference.reads_policy:
+        return
+    require(
+        config.rollout.dtype == "float32" or config.trainer.dtype == "bfloat16",
+        "rollout",
+        "dtype",
+        "is what weights are published in, and inference.computes needs those of the trainer, which computes in "
+        '"float32": use "float32", set trainer.dtype = "bfloat16" too, or let the trainer compute proximal log-probs '
+        "and values",
+    )
+    require(
+        config.model.lora is None or config.trainer.dtype == "float32",
+        "inference",
+        "computes",
+        "needs the policy as the trainer computes it, and an adapter is published merged, which rounds it in "
+        '"bfloat16": set trainer.dtype = "float32", or let the trainer compute proximal log-probs and values',
     )
 
 

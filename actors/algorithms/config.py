@@ -206,6 +206,11 @@ def scope(config: AlgorithmConfig) -> str:
     return "group" if PAPERS[config.name].compares else "sample"
 
 
+def reads_proximal(config: AlgorithmConfig) -> bool:
+    """Whether the policy is read before the step's first update. With one update it is the current one all along."""
+    return resolve(config).proximal == "recomputed" and config.epochs * config.mini_batches > 1
+
+
 def broken_rule(config: AlgorithmConfig) -> tuple[str, str] | None:
     """The key that does not go with the others, and the sentence after its value; None when all do."""
     given, config = config, resolve(config)

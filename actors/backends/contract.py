@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from actors.episodes import Float32, Group, Int32, Sampling
+from actors.episodes import Float32, Group, Int32, PolicyReading, Sampling
 
 if TYPE_CHECKING:
     import torch
 
     from channels.weights.delta import WeightsDelta
+
+
+CRITIC_WEIGHTS = (
+    "critic"  # the folder, beside the policy's host copy, of the critic's for inference actors
+)
 
 
 def _no_tokens() -> Int32:
@@ -154,6 +159,10 @@ class TrainingEngine(Protocol):
         """
         ...
 
+    def critic_weights(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        """The critic's parameters as `weights` gives the policy's, none without a critic: for inference actors."""
+        ...
+
     def state(self) -> "dict[str, torch.Tensor]":
         """All that a restart needs (parameters, optimizer moments, step counter) as a flat mapping.
 
@@ -180,11 +189,24 @@ def policy_of(state: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     }
 
 
-class ReferenceEngine(Protocol):
-    """A frozen policy that says how likely it finds what another one sampled."""
+class InferenceEngine(Protocol):
+    """Models that are read and never trained: the run's reference policy, and policy and critic of a version."""
 
-    def read(self, group: Group) -> Group:
-        """The group with log-probs of its trained tokens as `computed["reference"]` of every turn."""
+    def read_reference(self, group: Group) -> Group:
+        """The group with the reference's log-probs of its trained tokens as `computed["reference"]` of every turn."""
+        ...
+
+    def load_policy(
+        self,
+        version: int,
+        policy: "Mapping[str, torch.Tensor]",
+        critic: "Mapping[str, torch.Tensor]",
+    ) -> None:
+        """Replace the weights of both, by name. critic: empty where values are not asked for."""
+        ...
+
+    def read_policy(self, group: Group) -> tuple[PolicyReading, ...]:
+        """What the loaded version says of each segment, in their order."""
         ...
 
     def offload(self) -> None: ...

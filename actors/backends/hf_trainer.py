@@ -4,7 +4,7 @@ Float32 master weights and AdamW, compute in float32 or bfloat16. Sequences are 
 budget; gradients, metrics and the denominator are summed over micro-batches and ranks, and divided once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.algorithms import disagreement
-from actors.algorithms.config import PAPERS, AlgorithmConfig, resolve, scope
+from actors.algorithms.config import PAPERS, AlgorithmConfig, reads_proximal, resolve, scope
 from actors.algorithms.contract import Algorithm, TokenBatch
 from actors.backends import batch_statistics
 from actors.backends.host_copies import HostCopies
@@ -51,7 +51,7 @@ class HFTrainingEngine:
 
     reader: how the model is read, made of the model and, where the algorithm has a critic, of [algorithm] critic
     process_group: of all ranks, or None for one
-    keep_reference: False where groups bring the reference's log-probs, see actors.inference
+    given: what groups bring from inference actors and is not computed here, of [inference] computes
     total_steps: of the job, for the schedule of the learning rate
     lora: an adapter, drawn from `seed`, is trained instead of the model; the model without it is the reference
     """
@@ -67,7 +67,7 @@ class HFTrainingEngine:
         total_steps: int = 1,
         device: str | torch.device = "cpu",
         process_group: dist.ProcessGroup | None = None,
-        keep_reference: bool = True,
+        given: Collection[str] = (),
         lora: LoraConfig | None = None,
         seed: int = 0,
     ) -> None:
@@ -83,7 +83,8 @@ class HFTrainingEngine:
             self.model, settings.critic if PAPERS[settings.name].critic else None
         )
         self._normalization = self._logprobs.normalization(settings.gamma)
-        self._needs_reference = keep_reference and settings.kl_coefficient > 0
+        self._given = frozenset(given)
+        self._needs_reference = "reference" not in self._given and settings.kl_coefficient > 0
         self._reference: Reader | None = None
         self._lora_config, self._seed = lora, seed
         self._lora: LoraAdapter | None = None
@@ -125,8 +126,7 @@ class HFTrainingEngine:
         """Forward and backward over complete groups; where the algorithm's scope is the whole batch, or a step is
         several updates, forward only, for what advantages are computed from."""
         laid_out = lay_out(groups)
-        if self._algorithm_config.kl_coefficient and not self._needs_reference:
-            assert all(s.reference is not None for s in laid_out.sequences), "no inference actor"
+        self._check_given(laid_out.sequences)
         if self._normalization is not None:
             self._normalization.scale(laid_out)
         self._read_before_update(laid_out.sequences)
@@ -220,11 +220,20 @@ class HFTrainingEngine:
         grad_norm = self._ready().update(rate, denominator, loss=loss, tokens=sums["tokens"])
         return sums, loss, grad_norm
 
+    def _check_given(self, sequences: list[TrainingSequence]) -> None:
+        """What another actor computed is there, and was computed with the weights that this engine has now."""
+        for sequence in sequences:
+            for name in self._given:
+                assert getattr(sequence, name) is not None, f"no inference actor gave {name}"
+            assert sequence.read_by in (None, self._steps), (
+                f"read by version {sequence.read_by} for the step of version {self._steps}"
+            )
+
     @torch.no_grad()
     def _read_before_update(self, sequences: list[TrainingSequence]) -> None:
         """Values, reference and proximal log-probs, as far as they are asked for."""
-        proximal = self._several_updates and self._algorithm_config.proximal == "recomputed"
-        critic = self._logprobs.has_critic
+        proximal = reads_proximal(self._algorithm_config) and "proximal" not in self._given
+        critic = self._logprobs.has_critic and "values" not in self._given
         if not (self._needs_reference or critic or proximal):
             return
         for batch in micro_batches(sequences, self._config.micro_batch_tokens):
@@ -330,6 +339,11 @@ class HFTrainingEngine:
             return
         for name, parameter in self._published.items():
             yield name, parameter.detach()
+
+    def critic_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The critic's parameters, named as in it: the masters themselves. None without a critic."""
+        for name, parameter in self._logprobs.beside().items():
+            yield name.removeprefix("critic."), parameter.detach()
 
     def state(self) -> dict[str, Tensor]:
         """Parameters "model.*" (the critic's "model.critic.*"), moments "exp_avg.*" and "exp_avg_sq.*", the counters

@@ -37,7 +37,8 @@ class TrainingSequence:
     group: its number in the job    sample: its place in `GroupsLaidOut.returns`
 
     Filled in later: advantages, weights: [trained]; where there is a critic returns, values (before the update) and
-    last_value, at the end of the sequence; proximal, reference: log-probs [trained] of those policies, if asked for
+    last_value, at the end of the sequence; proximal, reference: log-probs [trained] of those policies, if asked for.
+    Where inference actors gave proximal or values, read_by is the version that they are of
     """
 
     segment: Segment
@@ -58,6 +59,7 @@ class TrainingSequence:
     last_value: float = 0.0
     proximal: Float64 | None = None
     reference: Float64 | None = None
+    read_by: int | None = None
 
 
 @dataclass(slots=True)
@@ -227,6 +229,13 @@ def _sequence(segment: Segment, group: int, sample: int) -> tuple[TrainingSequen
         sample=sample,
         reference=_computed(segment, REFERENCE),
     )
+    if (reading := segment.reading) is not None:
+        sequence.read_by = reading.version
+        if reading.proximal is not None:
+            sequence.proximal = reading.proximal.astype(np.float64)
+        if reading.values is not None:
+            sequence.values = reading.values.astype(np.float64)
+            sequence.last_value = reading.last_value
     return sequence, before
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import actors.wire  # noqa: F401  registers the payload types
 from actors import devices
 from actors.actor import Actor
-from actors.backends.contract import TrainingEngine, policy_of
+from actors.backends.contract import CRITIC_WEIGHTS, TrainingEngine, policy_of
 from actors.backends.reference_file import save_reference
 from actors.conductor.manifest import Manifest, newest_manifest
 from actors.episodes import Group, Segment
@@ -30,17 +30,19 @@ from actors.samples import sample_lines
 from actors.trainer import checkpoint
 from actors.trainer.commits import Commits
 from actors.trainer.device_weights import DeviceWeights
+from actors.trainer.host_weights import HostWeights
+from actors.trainer.readings import Readings
 from channels.channel import Item
 from channels.lifecycle import Introduce
 from channels.messages import Message
-from channels.weights import Publication, WeightsDirectory, WeightsPublished
+from channels.weights import WeightsDirectory, WeightsPublished
 from channels.weights.device_messages import (
     CUDA_IPC,
     DeviceWeightsAsked,
     DeviceWeightsWelcome,
     WeightsBucketTaken,
 )
-from channels.weights.sharded import ShardWriter, outline
+from channels.weights.sharded import outline
 from channels.work import (
     Admit,
     BeginRun,
@@ -70,12 +72,15 @@ class TrainerActor(Actor):
         self.engine: TrainingEngine | None = None
         self.commits: Commits | None = None
         self.tasks: asyncio.TaskGroup | None = None  # while it runs
+        self.readings: Readings | None = (
+            None  # the leader's, where inference actors read the policy
+        )
         self.weights = WeightsDirectory(
             Path(self.spec.weights_dir),
             keep=job.max_staleness + 2,
             variant=self.config.trainer.weights,
         )
-        self.parts = ShardWriter(self.spec.rank, self.spec.num_ranks)
+        self.on_host = self._kinds_on_host()  # in the order in which they are published
         self.device_weights: DeviceWeights | None = None
         if devices.on_gpu(self.spec):
             self.device_weights = DeviceWeights(
@@ -110,6 +115,11 @@ class TrainerActor(Actor):
             self.groups = self.router.consumer(
                 "groups", capacity=job.groups_per_step * (job.max_staleness + 1)
             )
+            if self.config.inference.reads_policy:
+                requests = self.router.producer(
+                    "readings", bound=job.groups_per_step, epoch=self.spec.epoch
+                )
+                self.readings = Readings(requests)
         async with self.lease:
             await self.compute("onload", self._take_device)  # all ranks join here
             if not self.leader:
@@ -134,9 +144,11 @@ class TrainerActor(Actor):
             self.tasks.create_task(self._lead())
 
     def on_peer(self, peer: Introduce) -> None:
-        """Tell a conductor where the weights stand; take groups from env or inference actors."""
+        """Tell a conductor where the weights stand; take groups from env or inference actors, and ask the latter."""
         if not self.leader:
             return
+        if peer.kind == "inference" and self.readings is not None:
+            self.readings.producer.add_consumer(peer.peer)
         if peer.kind == "conductor":
             self.conductor = peer
             attempt = max(self.run_attempt, 0)
@@ -147,10 +159,12 @@ class TrainerActor(Actor):
             self.all_ranks.set()
 
     def on_peer_lost(self, peer: Introduce) -> None:
-        """What a dead env or inference actor had delivered stays."""
+        """What a dead env or inference actor had delivered stays; what one was asked goes to another."""
         self.on_gpus.discard(peer.peer)
         if peer.kind == "rollout" and self.device_weights is not None:
             self.device_weights.peer_gone(peer.peer)
+        if peer.kind == "inference" and self.readings is not None:
+            self.readings.producer.remove_consumer(peer.peer)
         if self.leader and peer.kind == self.config.source_of_groups:
             self.groups.remove_producer(peer.peer)
         elif self.conductor is not None and peer.peer == self.conductor.peer:
@@ -278,8 +292,11 @@ class TrainerActor(Actor):
         while True:
             admit = await self._next_admit()
             if admit is None:
+                if self.readings is not None:
+                    self.readings.withdraw()
                 return  # the run was rolled back
             group = self.pool.pop((admit.group, admit.attempt))
+            self._ask(group)
             groups.append(group)
             batch.append(group)
             # Chunks are cut by tokens alone, never by arrival times: the same order gives the same chunks. One is cut
@@ -291,10 +308,12 @@ class TrainerActor(Actor):
                 break
             # Taking turns, the device is taken once the whole batch is there.
             if full and not self.lease.shared:
+                await self._collect(groups, batch)
                 async with self._on_device():
                     await self._accumulate(batch if self.accumulated else groups)
                 batch, tokens = [], 0
         self.admitted.pop(self.step)
+        await self._collect(groups, batch)
         # One stay on the device: an offload between the gradients and the update would forget the gradients.
         variant: str | None = None
         async with self._on_device():
@@ -328,6 +347,21 @@ class TrainerActor(Actor):
         if finite and admit.commit:
             await self._begin_commit()
         self.lease.idle()
+
+    def _ask(self, group: Group) -> None:
+        """The version that the step begins with is on the host: it was published at the end of the one before."""
+        if self.readings is not None:
+            assert self.tasks is not None
+            self.readings.ask(self.tasks, group, run_attempt=self.run_attempt, version=self.step)
+
+    async def _collect(self, groups: list[Group], batch: list[Group]) -> None:
+        """Put what inference actors read into `batch`, the end of `groups`. Off the device, as they may need it."""
+        if self.readings is None or not batch:
+            return
+        self.lease.idle()
+        with self.time.measure("wait_inference"):
+            batch[:] = await self.readings.collect(batch)
+        groups[-len(batch) :] = batch
 
     async def _accumulate(self, batch: list[Group]) -> None:
         begin, self.accumulated = not self.accumulated, True
@@ -395,17 +429,41 @@ class TrainerActor(Actor):
             await self.device_weights.withdraw()
 
     async def _publish_on_host(self) -> WeightsPublished:
-        """Every rank writes its parts into one file, which is shown when all have."""
-        publication, tensors = await self.compute("publish", self._begin_publication)
-        try:
-            ranks = self._command_ranks("publish", str(publication.path))
-            await self.compute("publish", self.parts.write, publication.tensors, tensors)
-            await ranks
-            published: WeightsPublished = await self.compute("publish", publication.finish)
-        finally:
-            publication.drop()
+        """Every rank writes its parts into one file of a kind, shown when all have. The policy is last, and told."""
+        for kind, weights in self.on_host.items():
+            name = (self.run_attempt, self.step)
+            publication, tensors = await self.compute("publish", weights.begin, name)
+            try:
+                ranks = self._command_ranks("publish", (kind, str(publication.path)))
+                await self.compute("publish", weights.write, publication, tensors)
+                await ranks
+                published: WeightsPublished = await self.compute("publish", publication.finish)
+            finally:
+                publication.drop()
         self._tell(published)
         return published
+
+    def _kinds_on_host(self) -> dict[str, HostWeights]:
+        ranks = {"rank": self.spec.rank, "num_ranks": self.spec.num_ranks}
+        dtype = self.config.rollout.dtype
+        kinds: dict[str, HostWeights] = {}
+        if self.config.inference.gives("values"):
+            folder = Path(self.spec.weights_dir) / CRITIC_WEIGHTS
+            kinds["critic"] = HostWeights(
+                WeightsDirectory(folder),
+                lambda: self._engine.critic_weights(),
+                dtype=None,
+                **ranks,
+            )
+        kinds["policy"] = HostWeights(
+            self.weights, lambda: self._engine.weights(), dtype=dtype, **ranks
+        )
+        return kinds
+
+    @property
+    def _engine(self) -> TrainingEngine:
+        assert self.engine is not None
+        return self.engine
 
     async def _begin_commit(self) -> None:
         """Copy the state of this step to the host; it is written while the training goes on."""
@@ -497,7 +555,8 @@ class TrainerActor(Actor):
                         self.run_attempt, self.step = command.run_attempt, command.step
                         await self.compute("publish", self._offer_parts)
                     case "publish":
-                        await self.compute("publish", self._write_parts, Path(payload))
+                        kind, path = payload
+                        await self.compute("publish", self.on_host[kind].write_file, Path(path))
                     case "commit":
                         await self._stage_and_write(command.step)
             leader = next((p for p in self.peers_of("trainer") if p.rank == 0), leader)
@@ -565,7 +624,7 @@ class TrainerActor(Actor):
         assert self.commits is not None
         writer = self.commits.writer
         state = self.engine.state()
-        if self.config.inference.devices:
+        if self.config.inference.gives("reference"):
             save_reference(
                 self.run_dir, policy_of(state)
             )  # before it counts that there is a commit
@@ -583,13 +642,6 @@ class TrainerActor(Actor):
             step, self.engine.state(), {v: self.weights.load(self.run_attempt, v) for v in older}
         )
 
-    def _begin_publication(self) -> tuple[Publication, dict[str, Any]]:
-        """The file of the next version, and what it is made of: masters, converted as they are written."""
-        assert self.engine is not None
-        tensors = dict(self.engine.weights())
-        made = outline(tensors, self.config.rollout.dtype)
-        return self.weights.begin(self.run_attempt, self.step, made), tensors
-
     def _offer_parts(self) -> int:
         """Offer this rank's parts on its GPU; returns the bytes of the whole version."""
         assert self.engine is not None
@@ -598,10 +650,6 @@ class TrainerActor(Actor):
         if self.device_weights is not None:
             self.device_weights.offer((self.run_attempt, self.step), tensors)
         return sum(tensor.nbytes for tensor in made.values())
-
-    def _write_parts(self, path: Path) -> None:
-        assert self.engine is not None
-        self.parts.write_file(path, dict(self.engine.weights()))
 
     def _publish_older(self) -> None:
         """Put the commit's older policies where rollout actors look for them."""

@@ -20,6 +20,7 @@ from actors.backends.hf_trainer import HFTrainingEngine
 from actors.backends.reading import Reader
 from actors.backends.token_logprobs import TokenLogprobs
 from actors.errors import ActorError
+from actors.inference.config import COMPUTES
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
 from actors.models.policies import build_policy
@@ -55,7 +56,7 @@ def build_engine(spec: ActorSpec, config: JobConfig) -> HFTrainingEngine:
         seed=config.job.seed,
         device=device,
         process_group=_process_group(spec, device) if spec.num_ranks > 1 else None,
-        keep_reference=not config.inference.devices,
+        given=[what for what in COMPUTES if config.inference.gives(what)],
     )
 
 

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from actor_stage import TINY, Peer, Stage, job_config
 
+from actors.backends.contract import CRITIC_WEIGHTS
 from actors.backends.reference_file import save_reference
-from actors.episodes import Action, Group, Segment, Turn
+from actors.episodes import Action, Group, ReadingRequest, Segment, Turn
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
 from channels.channel import Consumer, Item, Producer
 from channels.lifecycle import FirstOutput, LeaseIdle, LeaseWanted
+from channels.weights import WeightsDirectory
 from channels.work import StageTimes
 
 Run = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]
@@ -159,9 +161,10 @@ def test_what_nobody_waits_for_is_not_read(run: Run, tmp_path: Path) -> None:
             await play.stage.heard(LeaseWanted)
             withdrawn = asyncio.create_task(play.env.call(make_group(1)))
             kept = asyncio.create_task(play.env.call(make_group(2)))
-            await play.stage.until(lambda: play.stage.actor.incoming.statistics().depth == 2)
+            pending = play.stage.actor.pending
+            await play.stage.until(lambda: len(pending) == 2)
             withdrawn.cancel()
-            await play.stage.until(lambda: play.env.statistics().in_flight == 2)
+            await play.stage.until(lambda: any(waiting[-1].cancelled for waiting in pending))
             play.stage.granting = True
             play.stage.grant()
             items = [await play.groups.get() for _ in range(2)]
@@ -186,5 +189,110 @@ def test_leaving_gives_back_what_waits(run: Run, tmp_path: Path) -> None:
             assert play.env.statistics().depth == 1
             assert not call.done()
             call.cancel()
+
+    run(main)
+
+
+class Asking:
+    """An inference actor that reads the policy of a version, and the trainer that asks it."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        config = job_config(
+            job={"groups_per_step": 4},
+            algorithm={"name": "decoupled_ppo", "mini_batches": 2},
+            inference={"devices": 1, "computes": ["proximal", "values"]},
+        )
+        self.stage = Stage(tmp_path, "inference", config, devices=("cpu:0",), shared=True)
+        self.policy = WeightsDirectory(tmp_path / "weights", keep=2)
+        self.critic = WeightsDirectory(tmp_path / "weights" / CRITIC_WEIGHTS, keep=2)
+        self.requests: Producer
+
+    async def __aenter__(self) -> "Asking":
+        await self.stage.__aenter__()
+        await self.trainer_comes()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self.stage.__aexit__(*error)
+
+    async def trainer_comes(self, epoch: int = 0) -> None:
+        peer = await self.stage.meet("trainer-0", "trainer", epoch=epoch)
+        self.requests = peer.router.producer("readings", bound=8, epoch=epoch)
+        self.requests.add_consumer(self.stage.spec.peer)
+
+    def publish(self, run_attempt: int, version: int) -> None:
+        """Every version is another model, and its critic says 10 times its version everywhere."""
+        model, _ = build_model(TINY, seed=version, dtype=torch.float32)
+        critic = {"head.weight": torch.zeros(1, 16), "head.bias": torch.tensor([10.0 * version])}
+        self.critic.publish(run_attempt, version, critic.items())
+        self.policy.publish(run_attempt, version, model.named_parameters())
+
+    def ask(self, version: int, run_attempt: int = 0) -> "asyncio.Task[Any]":
+        request = ReadingRequest(group=make_group(1), run_attempt=run_attempt, version=version)
+        return asyncio.create_task(self.requests.call(request))
+
+
+def test_a_group_is_read_with_the_version_that_is_asked_for(run: Run, tmp_path: Path) -> None:
+    """Also an older one, and again after an offload: what is loaded is what the request names."""
+
+    async def main() -> None:
+        async with Asking(tmp_path) as play:
+            conductor = await play.stage.meet("conductor", "conductor")
+            play.publish(0, 1)
+            play.publish(0, 2)
+            (first,) = await play.ask(1)
+            (second,) = await play.ask(2)
+            (again,) = await play.ask(1)
+            assert (first.version, second.version) == (1, 2)
+            assert (first.values.tolist(), first.last_value) == ([10.0, 10.0], 10.0)
+            assert (second.values.tolist(), second.last_value) == ([20.0, 20.0], 20.0)
+            assert first.proximal.tolist() == again.proximal.tolist()
+            assert first.proximal.tolist() != second.proximal.tolist()
+            await play.stage.heard(FirstOutput)
+            await conductor.take(StageTimes)
+            await play.stage.heard(LeaseIdle)
+            released = await play.stage.revoke(offload=True)
+            assert released.memory_bytes == 0
+            (back,) = await play.ask(1)
+            assert back.proximal.tolist() == first.proximal.tolist()
+
+    run(main)
+
+
+def test_the_same_version_of_a_run_that_went_back_is_loaded_anew(run: Run, tmp_path: Path) -> None:
+    """Its weights are others: the step was sampled and trained again."""
+
+    async def main() -> None:
+        async with Asking(tmp_path) as play:
+            play.publish(0, 1)
+            (before,) = await play.ask(1)
+            other, _ = build_model(TINY, seed=9, dtype=torch.float32)
+            critic = {"head.weight": torch.zeros(1, 16), "head.bias": torch.tensor([5.0])}
+            play.critic.publish(1, 1, critic.items())
+            play.policy.publish(1, 1, other.named_parameters())
+            (after,) = await play.ask(1, run_attempt=1)
+            assert after.values.tolist() == [5.0, 5.0]
+            assert after.proximal.tolist() != before.proximal.tolist()
+
+    run(main)
+
+
+def test_a_request_for_weights_that_are_gone_waits_to_be_withdrawn(
+    run: Run, tmp_path: Path
+) -> None:
+    """The job is past it: its trainer died. The next one is served, and holds nothing up."""
+
+    async def main() -> None:
+        async with Asking(tmp_path) as play:
+            void = play.ask(7)
+            await play.stage.heard(LeaseIdle)
+            assert not void.done()
+            play.stage.lose("trainer-0")
+            await play.trainer_comes(epoch=1)
+            play.publish(1, 3)
+            (reading,) = await play.ask(3, run_attempt=1)
+            assert reading.version == 3
+            assert play.stage.actor.requests.statistics().in_flight == 0
+            void.cancel()
 
     run(main)

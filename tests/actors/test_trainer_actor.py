@@ -14,9 +14,10 @@ import pytest
 import torch
 from actor_stage import JOB, Peer, Stage, job_config
 
+from actors.backends.contract import CRITIC_WEIGHTS
 from actors.conductor.group_set import GroupSet
 from actors.conductor.manifest import Manifest, checkpoint_dir, newest_manifest, write_manifest
-from actors.episodes import Action, Group, Segment, Turn
+from actors.episodes import Action, Group, PolicyReading, Segment, Turn
 from actors.job_config import JobConfig
 from actors.models.loading import build_model
 from actors.trainer import building
@@ -766,5 +767,111 @@ def test_ranks_share_a_step(
                 assert writers[0].calls == [0, *whole, 1, *whole, 2, *whole]
                 assert writers[1].calls == [1, "write", 2, "write"]
                 assert f"{JOB}/trainer-0.1" == follower.spec.peer
+
+    run(main)
+
+
+READ_OUTSIDE: dict[str, Any] = {
+    "algorithm": {"name": "decoupled_ppo", "mini_batches": 2},
+    "inference": {"devices": 1, "computes": ["proximal", "values"]},
+}
+
+
+class Reader:
+    """An inference actor that says of every token what the test tells it to."""
+
+    def __init__(self, peer: Peer, trainer: str) -> None:
+        self.requests = peer.router.consumer("readings", capacity=8)
+        self.requests.add_producer(trainer)
+        self.told: list[tuple[int, int, int]] = []  # group, run attempt, version
+
+    async def answer(self) -> None:
+        item = await self.requests.get()
+        request = item.payload
+        self.told.append((request.group.group, request.run_attempt, request.version))
+        item.ack(
+            tuple(
+                PolicyReading(
+                    version=request.version,
+                    proximal=np.full(segment.num_tokens, -4.0, dtype=np.float32),
+                    values=np.full(segment.num_tokens, 0.5, dtype=np.float32),
+                )
+                for segment in request.group.segments
+            )
+        )
+
+
+async def reader_of(play: Play, name: str) -> Reader:
+    return Reader(await play.stage.meet(name, "inference"), play.stage.spec.peer)
+
+
+def test_inference_actors_are_asked_about_admitted_groups(run: Run, tmp_path: Path) -> None:
+    """With the version that the step begins with, policy and critic of which are on the host by then; the step waits
+    for the answers and is trained on them."""
+
+    async def main() -> None:
+        config = job_config(**READ_OUTSIDE)
+        async with Play(tmp_path, config) as play:
+            reader = await reader_of(play, "inference-0")
+            critics = WeightsDirectory(tmp_path / "weights" / CRITIC_WEIGHTS)
+            await play.begin()
+            await play.deliver(*(make_group(group) for group in range(4)))
+            play.admit(1, 2, 3, last=True)  # for the next step: not before its version is out
+            play.admit(0, 0, 1, last=True)
+            await reader.answer()
+            assert not play.conductor.of(StepDone)
+            await reader.answer()
+            assert (await play.step_done()).step == 0
+            for _ in range(2):
+                await reader.answer()
+            done = await play.step_done(2)
+            assert reader.told == [(0, 0, 0), (1, 0, 0), (2, 0, 1), (3, 0, 1)]
+            assert not torch.equal(*(critics.load(0, v)["head.weight"] for v in (1, 2)))
+            # The behaviour policy's are -4.5: its weights are those of the proximal policy that was told.
+            assert done.metrics["correction_mean"] == pytest.approx(np.exp(0.5), rel=1e-5)
+
+    run(main)
+
+
+def test_what_a_dead_inference_actor_was_asked_goes_to_the_next(run: Run, tmp_path: Path) -> None:
+    """The trainer has the group; nothing is played again."""
+
+    async def main() -> None:
+        async with Play(tmp_path, job_config(**READ_OUTSIDE)) as play:
+            first = await reader_of(play, "inference-0")
+            await play.begin()
+            await play.deliver(make_group(0), make_group(1))
+            play.admit(0, 0, 1, last=True)
+            await first.requests.get()
+            play.stage.lose("inference-0")
+            second = await reader_of(play, "inference-1")
+            for _ in range(2):
+                await second.answer()
+            await play.step_done()
+            assert sorted(second.told) == [(0, 0, 0), (1, 0, 0)]
+
+    run(main)
+
+
+def test_a_step_that_is_not_trained_withdraws_what_it_asked(run: Run, tmp_path: Path) -> None:
+    """The job goes back while a step waits for groups; the next attempt asks anew, by its own version."""
+
+    async def main() -> None:
+        async with Play(tmp_path, job_config(**READ_OUTSIDE)) as play:
+            reader = await reader_of(play, "inference-0")
+            await play.begin()
+            await play.deliver(make_group(0))
+            play.admit(0, 0)
+            asked = await reader.requests.get()
+            await play.begin(run_attempt=1)
+            await asked.wait_cancelled()
+            asked.ack()
+            play.admitted.clear()
+            await play.deliver(*(make_group(group, run_attempt=1) for group in range(2)))
+            play.admit(0, 0, 1, last=True)
+            for _ in range(2):
+                await reader.answer()
+            await play.step_done()
+            assert reader.told == [(0, 1, 0), (1, 1, 0)]
 
     run(main)

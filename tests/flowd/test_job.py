@@ -131,7 +131,58 @@ def test_overrides_win_over_the_file():
             ["algorithm.name=ppo", "rollout.group_size=1", "algorithm.dynamic_sampling=true"],
             ["dynamic_sampling = true leaves every group", "rollout.group_size to 2"],
         ),
-        (["inference.devices=1"], ["[inference] devices = 1 has nothing to compute"]),
+        (
+            ["inference.devices=1"],
+            ["[inference] devices = 1 has nothing to compute", "set computes"],
+        ),
+        (['inference.computes=["values"]'], ["set inference.devices to 1"]),
+        (
+            ["inference.devices=1", "inference.computes=[]"],
+            ["computes = [] leaves inference actors"],
+        ),
+        (
+            ["inference.devices=1", 'inference.computes=["value"]'],
+            ['computes = ["value"] holds "value"; did you mean values?'],
+        ),
+        (
+            ["inference.devices=1", 'inference.computes=["values"]'],
+            ["grpo has no critic (ppo and decoupled_ppo have)"],
+        ),
+        (
+            [
+                "inference.devices=1",
+                'inference.computes=["proximal"]',
+                "algorithm.name=decoupled_ppo",
+            ],
+            ['has "proximal", which nobody reads', "more than one update"],
+        ),
+        (
+            [
+                "inference.devices=1",
+                'inference.computes=["reference","values"]',
+                "algorithm.name=ppo",
+            ],
+            ['has "reference"', "kl_coefficient = 0"],
+        ),
+        (
+            [
+                "inference.devices=1",
+                'inference.computes=["values"]',
+                "algorithm.name=ppo",
+                "rollout.dtype=bfloat16",
+            ],
+            ['[rollout] dtype = "bfloat16" is what weights are published in', "trainer.dtype"],
+        ),
+        (
+            [
+                "inference.devices=1",
+                'inference.computes=["values"]',
+                "algorithm.name=ppo",
+                "trainer.dtype=bfloat16",
+                "model.lora={rank=4}",
+            ],
+            ["merged, which rounds"],
+        ),
         (["model.tokenizer=character"], ["did you mean characters?"]),
         (["model.hidden_size=100", "model.num_heads=8"], ["multiple of 16", "use 112"]),
         (["env.task=arithmetics"], ["is not a task", "did you mean arithmetic?"]),
