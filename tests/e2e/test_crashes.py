@@ -68,10 +68,15 @@ shard_files.sync = stop_once
 """
 
 
+@pytest.mark.slow  # two trainers that import everything; tests/actors/trainer/test_checkpoint.py has the writer alone
 def test_trainer_killed_in_mid_write_leaves_the_commit_before_whole(
     flowd: Flowd, tmp_path: Path
 ) -> None:
-    """The bytes of step 10 are in their file, the manifest is not there: the job goes on from step 5."""
+    """The bytes of step 10 are in their file, the manifest is not there: the job goes on from step 5.
+
+    `make test` keeps the promise by test_kill_in_mid_write_leaves_the_commit_before_whole of the writer, and by the
+    killed trainers above.
+    """
     (tmp_path / "sitecustomize.py").write_text(STOP_IN_MID_WRITE)
     python = tmp_path / "python"
     python.write_text(

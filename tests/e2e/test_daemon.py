@@ -1,6 +1,7 @@
 """flowd dies, stops or is told to end a job: what runs is taken over, resumed, or gone."""
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -34,37 +35,24 @@ def test_restarted_flowd_takes_running_actors_over(flowd: Flowd) -> None:
     flowd.check_done("unseen", steps=30)
 
 
-def test_killed_flowd_that_nobody_follows_leaves_nothing(own_flowd: Flowd) -> None:
-    """The fork server ends the actors after the grace, and frees the shared memory of their weights."""
-    own_flowd.up("--orphan-grace-s", "1")
-    own_flowd.submit("left", "job.steps=100000")
-    own_flowd.wait_step("left", 3)
-    assert list(own_flowd.paths.weights.rglob("*.safetensors"))
-    own_flowd.kill()
-    own_flowd.wait_gone()
-    assert own_flowd.left_behind() == []
-    assert not list(own_flowd.paths.weights.parent.glob(f"{own_flowd.paths.weights.name}*"))
+def test_flowd_with_other_devices_takes_no_actors_over(flowd: Flowd) -> None:
+    """Actors hold leases on devices that this flowd does not have: they are stopped, the job can be resumed.
 
-
-def test_flowd_with_other_devices_takes_no_actors_over(own_flowd: Flowd) -> None:
-    """Actors hold leases on devices that this flowd does not have: they are stopped, the job can be resumed."""
-    own_flowd.up()
-    own_flowd.submit("moved", "job.steps=100000")
-    own_flowd.wait_step("moved", 3)
-    pids = {actor["pid"] for actor in own_flowd.actors("moved")}
-    own_flowd.kill()
-    own_flowd.up(devices="cpu:6")
-    assert not pids & own_flowd.processes().keys()
-    status = own_flowd.status("moved")
+    After `flowd down` nothing runs; the next flowd, with all devices again, resumes from the last commit.
+    """
+    flowd.submit("moved", "job.steps=100000")
+    flowd.wait_step("moved", 3)
+    pids = {actor["pid"] for actor in flowd.actors("moved")}
+    flowd.kill()
+    flowd.up(devices="cpu:6")
+    assert not pids & flowd.processes().keys()
+    status = flowd.status("moved")
     assert status["state"] == "interrupted"
     assert "with other devices" in status["error"]
-    assert own_flowd.ctl("resume", "moved").returncode == 0
-    own_flowd.wait_step("moved", status["step"] + 3)
-    assert own_flowd.ctl("cancel", "moved").returncode == 0
+    assert flowd.ctl("resume", "moved").returncode == 0
+    flowd.wait_step("moved", status["step"] + 3)
+    assert flowd.ctl("cancel", "moved").returncode == 0
 
-
-def test_down_interrupts_a_job_and_resume_goes_on(flowd: Flowd) -> None:
-    """After `flowd down` nothing runs; the next flowd resumes from the last commit."""
     flowd.submit("stopped", f"job.steps={STEPS}")
     flowd.wait_step("stopped", 10)
     flowd.down()
@@ -122,15 +110,12 @@ def test_cancel_that_a_killed_flowd_had_begun_is_finished(flowd: Flowd) -> None:
     flowd.check_done("kept", steps=STEPS)
 
 
-def test_job_is_resumed_from_its_run_directory_alone(own_flowd: Flowd) -> None:
-    """The database was deleted, or the run was copied from elsewhere: job.toml and the commits are enough."""
-    own_flowd.up()
-    own_flowd.submit("alone", f"job.steps={STEPS}")
-    own_flowd.wait_step("alone", 10)
-    own_flowd.down()
-    for path in own_flowd.paths.root.glob("flowd.sqlite*"):
-        path.unlink()
-    own_flowd.run("alone").root.rename(own_flowd.run("moved").root)
+def test_job_is_resumed_from_its_run_directory_alone(flowd: Flowd, own_flowd: Flowd) -> None:
+    """The run was copied from elsewhere, or the database was deleted: job.toml and the commits are enough."""
+    flowd.submit("alone", f"job.steps={STEPS}")
+    flowd.wait_step("alone", 10)
+    assert flowd.ctl("cancel", "alone").returncode == 0
+    shutil.copytree(flowd.run("alone").root, own_flowd.run("moved").root)
     own_flowd.up()
     refused = own_flowd.ctl("resume", "moved")
     assert refused.returncode == 2
