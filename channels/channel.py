@@ -443,16 +443,19 @@ class Item:
         await self._delivery.token.wait()
 
     def ack(self, result: Any = None) -> None:
-        """The item is done; `result` goes to the caller. Raises ChannelError when finished before,
-        TypeError
-        for a result that cannot travel (the item is then not finished)."""
+        """The item is done; `result` goes to the caller.
+
+        Raises ChannelError when finished before, TypeError for a result that cannot travel (the item is then not
+        finished).
+        """
         self._consumer._protocol.acknowledge(self._delivery, result)
         self._consumer._changed()
 
     def hand_back(self, payload: Any = None) -> None:
-        """Give it back to the producer's front, with a new payload unless None. Another consumer
-        gets it, if there
-        is one that takes items. Raises as `ack`."""
+        """Give it back to the producer's front, with a new payload unless None.
+
+        Another consumer gets it, if there is one that takes items. Raises as `ack`.
+        """
         self._consumer._protocol.hand_back(self._delivery, payload)
         self._consumer._changed()
 
