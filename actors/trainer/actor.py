@@ -13,7 +13,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class TrainerActor(Actor):
                 requests = self.router.producer(
                     "readings", bound=job.groups_per_step, epoch=self.spec.epoch
                 )
-                self.readings = Readings(requests)
+                self.readings = Readings(requests, self.pool, self._spawn)
         async with self.lease:
             await self.compute("onload", self._take_device)  # all ranks join here
             if not self.leader:
@@ -175,6 +175,9 @@ class TrainerActor(Actor):
         match message:
             case BeginRun() | Admit() | CommitAndPause():
                 self.commands.put_nowait(message)
+                if isinstance(message, Admit) and self.readings is not None:
+                    # Not in its turn among the commands: what is under way would hold up the inference actors.
+                    self.readings.admit(message.step, (message.group, message.attempt))
             case StepRecorded() if message.run_attempt == self.run_attempt:
                 self.recorded = message.step + 1
                 self.recorded_more.set()
@@ -248,6 +251,8 @@ class TrainerActor(Actor):
                 await self._begin_run(command)
             case CommitAndPause():
                 self.paused = True
+                if self.readings is not None:
+                    self.readings.reset()
                 assert self.commits is not None
                 if self.commit.step != self.step:
                     await self._begin_commit()
@@ -270,6 +275,8 @@ class TrainerActor(Actor):
         self.run_attempt = command.run_attempt
         self.recorded = self.step
         self.paused = False
+        if self.readings is not None:
+            self.readings.reset()
         self.pool.clear()
         self.admitted.clear()
         await self.all_ranks.wait()
@@ -292,11 +299,8 @@ class TrainerActor(Actor):
         while True:
             admit = await self._next_admit()
             if admit is None:
-                if self.readings is not None:
-                    self.readings.withdraw()
                 return  # the run was rolled back
             group = self.pool.pop((admit.group, admit.attempt))
-            self._ask(group)
             groups.append(group)
             batch.append(group)
             # Chunks are cut by tokens alone, never by arrival times: the same order gives the same chunks. One is cut
@@ -348,11 +352,9 @@ class TrainerActor(Actor):
             await self._begin_commit()
         self.lease.idle()
 
-    def _ask(self, group: Group) -> None:
-        """The version that the step begins with is on the host: it was published at the end of the one before."""
-        if self.readings is not None:
-            assert self.tasks is not None
-            self.readings.ask(self.tasks, group, run_attempt=self.run_attempt, version=self.step)
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        assert self.tasks is not None
+        return self.tasks.create_task(work)
 
     async def _collect(self, groups: list[Group], batch: list[Group]) -> None:
         """Put what inference actors read into `batch`, the end of `groups`. Off the device, as they may need it."""
@@ -394,6 +396,8 @@ class TrainerActor(Actor):
         """
         offered = await self._offer()
         published = await self._publish_on_host()
+        if self.readings is not None:
+            self.readings.published(self.run_attempt, self.step)
         if offered is not None:
             return offered.variant, offered.variant_bytes
         return published.variant, published.variant_bytes

@@ -1,42 +1,70 @@
 """What inference actors say of the groups of a step, with the policy and critic that the step begins with.
 
-A group is asked about when it is admitted, so it is read while others of its step are still being sampled; the trainer
-collects before it computes on it. Requests name the version, which is in the node's host copy before a step begins.
+A group is asked about as soon as it is admitted and that version is in the node's host copy, so all of a step's groups
+are read while others are still being sampled, or trained on; the trainer collects before it computes on them.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from actors.episodes import Group, PolicyReading, ReadingRequest
 from channels.channel import Producer
 
+Key = tuple[int, int]  # group, attempt
+Answer = tuple[PolicyReading, ...]  # one a segment
+
 
 class Readings:
-    """The requests of the current step."""
+    """Asks and keeps the answers of the current step.
 
-    def __init__(self, producer: Producer) -> None:
-        self.producer = producer
-        self._asked: dict[tuple[int, int], asyncio.Task[tuple[PolicyReading, ...]]] = {}
+    pool: the groups that are here    spawn: starts a task that the actor owns
+    """
 
-    def ask(
-        self, tasks: asyncio.TaskGroup, group: Group, *, run_attempt: int, version: int
+    def __init__(
+        self,
+        producer: Producer,
+        pool: Mapping[Key, Group],
+        spawn: Callable[[Coroutine[Any, Any, Answer]], asyncio.Task[Answer]],
     ) -> None:
-        """Ask about a group; a request whose inference actor dies goes to another one. tasks: own the wait"""
-        request = ReadingRequest(group=group, run_attempt=run_attempt, version=version)
-        self._asked[group.group, group.attempt] = tasks.create_task(
-            self.producer.call(request), name=f"reading-{group.group}"
-        )
+        self.producer = producer
+        self._pool = pool
+        self._spawn = spawn
+        self._version: tuple[int, int] | None = None  # run attempt, version: the newest that is out
+        self._due: dict[int, list[Key]] = {}  # by step: admitted and not asked about
+        self._asked: dict[Key, asyncio.Task[Answer]] = {}
 
-    async def collect(self, groups: Sequence[Group]) -> list[Group]:
-        """These groups, which were asked about, with what was answered."""
-        return [await self._answered(group) for group in groups]
+    def admit(self, step: int, key: Key) -> None:
+        """A group of the pool will be trained by a step."""
+        self._due.setdefault(step, []).append(key)
+        self._ask()
 
-    def withdraw(self) -> None:
-        """The step is not trained: nobody waits for what is still asked."""
+    def published(self, run_attempt: int, version: int) -> None:
+        """The version that the step of its number begins with is in the host copy."""
+        self._version = (run_attempt, version)
+        self._ask()
+
+    def reset(self) -> None:
+        """The run is broken off: nobody waits for what is asked."""
         for asked in self._asked.values():
             asked.cancel()
         self._asked.clear()
+        self._due.clear()
+        self._version = None
+
+    async def collect(self, groups: Sequence[Group]) -> list[Group]:
+        """These groups of the current step, with what was answered."""
+        return [await self._answered(group) for group in groups]
+
+    def _ask(self) -> None:
+        if self._version is None:
+            return
+        run_attempt, version = self._version
+        for key in self._due.pop(version, ()):
+            group = self._pool[key]
+            request = ReadingRequest(group=group, run_attempt=run_attempt, version=version)
+            self._asked[key] = self._spawn(self.producer.call(request))
 
     async def _answered(self, group: Group) -> Group:
         readings = await self._asked.pop((group.group, group.attempt))

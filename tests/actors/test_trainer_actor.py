@@ -805,12 +805,15 @@ async def reader_of(play: Play, name: str) -> Reader:
     return Reader(await play.stage.meet(name, "inference"), play.stage.spec.peer)
 
 
-def test_inference_actors_are_asked_about_admitted_groups(run: Run, tmp_path: Path) -> None:
-    """With the version that the step begins with, policy and critic of which are on the host by then; the step waits
-    for the answers and is trained on them."""
+@pytest.mark.parametrize("micro_batch_tokens", [16384, 1])
+def test_inference_actors_are_asked_about_admitted_groups(
+    run: Run, tmp_path: Path, micro_batch_tokens: int
+) -> None:
+    """With the version that the step begins with, policy and critic of which are on the host by then; about all that
+    are admitted at once, also where they are computed on one by one. The step is trained on the answers."""
 
     async def main() -> None:
-        config = job_config(**READ_OUTSIDE)
+        config = job_config(trainer={"micro_batch_tokens": micro_batch_tokens}, **READ_OUTSIDE)
         async with Play(tmp_path, config) as play:
             reader = await reader_of(play, "inference-0")
             critics = WeightsDirectory(tmp_path / "weights" / CRITIC_WEIGHTS)
@@ -818,6 +821,7 @@ def test_inference_actors_are_asked_about_admitted_groups(run: Run, tmp_path: Pa
             await play.deliver(*(make_group(group) for group in range(4)))
             play.admit(1, 2, 3, last=True)  # for the next step: not before its version is out
             play.admit(0, 0, 1, last=True)
+            await play.stage.until(lambda: reader.requests.statistics().depth == 2)
             await reader.answer()
             assert not play.conductor.of(StepDone)
             await reader.answer()
