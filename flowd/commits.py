@@ -48,10 +48,11 @@ def write_policy(
     folder: Path,
     dtype: str | None = None,
     *,
+    part: str = "policy",
     load_torch: bool,
 ) -> dict[str, Any]:
-    """Write the policy of a commit as a folder for [model] or [policy] path; what was written, as
-    `actors.trainer.export` says it.
+    """Write the policy of a commit as a folder for [model] or [policy] path, or the part of it that an `ExportRequest`
+    names; what was written, as `actors.trainer.export` says it.
 
     load_torch: in this process, unless the trainer has another interpreter; else in one that ends with it
     """
@@ -61,6 +62,7 @@ def write_policy(
         "step": step,
         "folder": str(folder),
         "dtype": dtype,
+        "part": part,
     }
     if load_torch and config.trainer.python is None:
         return _write_here(request, f'step {step} of job "{run_paths.root.name}"')

@@ -366,13 +366,6 @@ def _check_inference(config: JobConfig, require: Any) -> None:
         '"float32": use "float32", set trainer.dtype = "bfloat16" too, or let the trainer compute proximal log-probs '
         "and values",
     )
-    require(
-        config.model.lora is None or config.trainer.dtype == "float32",
-        "inference",
-        "computes",
-        "needs the policy as the trainer computes it, and an adapter is published merged, which rounds it in "
-        '"bfloat16": set trainer.dtype = "float32", or let the trainer compute proximal log-probs and values',
-    )
 
 
 def _check_values(config: JobConfig, origin: Origin) -> None:

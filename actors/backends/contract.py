@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from channels.weights.delta import WeightsDelta
 
+ADAPTER = "adapter."  # in front of the names of an adapter's tensors in a training engine's state
+BASE = "base"  # in such a state: the checksum of the frozen model
+
 
 CRITIC_WEIGHTS = (
     "critic"  # the folder, beside the policy's host copy, of the critic's for inference actors
@@ -110,6 +113,16 @@ class GenerationEngine(Protocol):
         """
         ...
 
+    def load_adapter(
+        self, version: int, adapter: "Mapping[str, torch.Tensor]", scale: float
+    ) -> None:
+        """Put a LoRA adapter on top of the weights that were loaded, in place of the one before. Running sequences fare
+        as with `load_weights`, which takes it off.
+
+        adapter: "LAYER.lora_A" [rank, in] and "LAYER.lora_B" [out, rank]    scale: of their product
+        """
+        ...
+
     def weights_in_place(self) -> "Mapping[str, torch.Tensor]":
         """The tensors that it computes with, by name, for whoever writes new weights into them between two steps.
 
@@ -156,6 +169,8 @@ class TrainingEngine(Protocol):
 
         Each is a plain tensor that every rank has whole, or a DTensor over all ranks: `channels.weights.sharded` copies
         a rank's part of it, and converts to the dtype that is published as it copies. No copy is to be made here.
+
+        Of a job that trains an adapter they are the frozen model's, and `adapter` is what goes on top of them.
         """
         ...
 
@@ -163,15 +178,25 @@ class TrainingEngine(Protocol):
         """The critic's parameters as `weights` gives the policy's, none without a critic: for inference actors."""
         ...
 
+    def adapter(self) -> "Mapping[str, torch.Tensor]":
+        """The trained matrices of a LoRA adapter, "LAYER.lora_A" [rank, in] and "LAYER.lora_B" [out, rank], in their
+        own precision; nothing where the model itself is trained."""
+        ...
+
     def state(self) -> "dict[str, torch.Tensor]":
         """All that a restart needs (parameters, optimizer moments, step counter) as a flat mapping.
 
         Not copies: the next step changes them. DTensors where a rank has a shard, plain tensors where each has all.
-        The policy's parameters are "model.NAME", the critic's "model.critic.NAME"; `policy_of` takes the first.
+        The policy's parameters are "model.NAME", the critic's "model.critic.NAME"; `policy_of` takes the first. With an
+        adapter "adapter.NAME" is there in place of the policy's, and "base", a checksum of the frozen model.
         """
         ...
 
-    def load_state(self, state: "Mapping[str, torch.Tensor]") -> None: ...
+    def load_state(self, state: "Mapping[str, torch.Tensor]") -> None:
+        """Go on from a state. With an adapter it may hold the frozen model too, as "model.NAME"; where it does not, the
+        engine's own has to be the right one, by its checksum. Raises ValueError for a state that does not fit,
+        BadCheckpoint for another frozen model."""
+        ...
 
     def offload(self) -> None: ...
 
@@ -202,7 +227,11 @@ class InferenceEngine(Protocol):
         policy: "Mapping[str, torch.Tensor]",
         critic: "Mapping[str, torch.Tensor]",
     ) -> None:
-        """Replace the weights of both, by name. critic: empty where values are not asked for."""
+        """Replace the weights of both, by name. critic: empty where values are not asked for. Takes an adapter off."""
+        ...
+
+    def load_adapter(self, adapter: "Mapping[str, torch.Tensor]", scale: float) -> None:
+        """Put a LoRA adapter on top of the policy that was loaded: the version is with it."""
         ...
 
     def read_policy(self, group: Group) -> tuple[PolicyReading, ...]:

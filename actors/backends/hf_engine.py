@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actors.backends.contract import Generation, GenerationRequest
+from actors.backends.hf_adapter import UnmergedAdapter
 from actors.backends.hf_lane import Lane
 from actors.backends.hf_requests import as_it_came, check_request, finish_on_arrival
 from actors.backends.hf_runner import ModelRunner
@@ -73,6 +74,7 @@ class HFGenerationEngine:
         self._max_running = max_running
         self._max_context_tokens = max_context_tokens
         self._weights = ModelWeights(model, self._device)
+        self._adapter = UnmergedAdapter(model, self._device)
         self._lane, self._batch_lane = (
             Lane(
                 self._runner,
@@ -185,7 +187,7 @@ class HFGenerationEngine:
 
     @torch.inference_mode()
     def load_weights(self, version: int, weights: Mapping[str, Tensor] | WeightsDelta) -> None:
-        """Copy new weights in place, all or nothing; see `ModelWeights` for names and errors.
+        """Copy new weights in place, all or nothing; see `ModelWeights` for names and errors. An adapter is taken off.
 
         Running sequences keep their tokens, log-probs and versions, and have their prefix prefilled
         again by the next `step`.
@@ -194,6 +196,13 @@ class HFGenerationEngine:
             self._weights.apply(weights)
         else:
             self._weights.load(weights)
+        self._adapter.clear()
+        self._adopted(version)
+
+    @torch.inference_mode()
+    def load_adapter(self, version: int, adapter: Mapping[str, Tensor], scale: float) -> None:
+        """Put an adapter beside the weights, all or nothing; see `UnmergedAdapter` for names and errors."""
+        self._adapter.load(adapter, scale)
         self._adopted(version)
 
     def weights_in_place(self) -> Mapping[str, Tensor]:
@@ -204,6 +213,7 @@ class HFGenerationEngine:
     def weights_replaced(self, version: int) -> None:
         """The parameters were written from outside: as after `load_weights`."""
         self._weights.replaced()
+        self._adapter.clear()
         self._adopted(version)
 
     def _adopted(self, version: int) -> None:
@@ -230,9 +240,10 @@ class HFGenerationEngine:
         self._weights.onload()
 
     def memory_bytes(self) -> int:
-        """Device memory held now: weights and KV cache, without a step's activations."""
+        """Device memory held now: weights, adapter and KV cache, without a step's activations."""
         caches = self._lane.cache.memory_bytes() + self._batch_lane.cache.memory_bytes()
-        return self._weights.memory_bytes() + caches
+        weights = self._weights.memory_bytes()
+        return weights + (self._adapter.size_bytes() if weights else 0) + caches
 
     def _admit(
         self, lane: Lane, requests: list[GenerationRequest], ended: list[Generation]

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.backends.hf_adapter import UnmergedAdapter
 from actors.backends.hf_weights import ModelWeights
 from actors.backends.packing import PackedBatch
 from actors.backends.token_logprobs import TokenLogprobs
@@ -66,6 +67,12 @@ class HFInferenceEngine:
         self._policy.load(policy, critic)
         self._version = version
 
+    def load_adapter(self, adapter: Mapping[str, Tensor], scale: float) -> None:
+        """See the contract. Raises ValueError for an adapter of another model; then none is to be used."""
+        assert self._policy is not None
+        assert self._resident
+        self._policy.adapter.load(adapter, scale)
+
     def read_policy(self, group: Group) -> tuple[PolicyReading, ...]:
         """See the contract."""
         assert self._policy is not None
@@ -98,7 +105,10 @@ class HFInferenceEngine:
         """Device memory held now: the weights."""
         if not self._resident:
             return 0
-        return sum(p.nbytes for frozen in self._models() for p in frozen.reader.parameters())
+        return sum(
+            frozen.adapter.size_bytes() + sum(p.nbytes for p in frozen.reader.parameters())
+            for frozen in self._models()
+        )
 
     def _models(self) -> "list[_Frozen]":
         return [frozen for frozen in (self._reference, self._policy) if frozen is not None]
@@ -125,6 +135,7 @@ class _Frozen:
         self._budget_tokens = config.micro_batch_tokens
         self._model = model.to(self._device).eval()
         self._dtype = next(model.parameters()).dtype
+        self.adapter = UnmergedAdapter(self._model, self._device)
         self.reader = TokenLogprobs(self._model, critic).eval().requires_grad_(False)
         if config.dtype == "bfloat16":  # as the trainer computes; buffers stay as they are there
             exact = {p for module in self.reader.exact() for p in module.parameters()}
@@ -135,6 +146,7 @@ class _Frozen:
     def load(self, policy: Mapping[str, Tensor], critic: Mapping[str, Tensor]) -> None:
         """Replace the weights by name. Raises ValueError where they are of another model."""
         ModelWeights(self._model, self._device, buffers=True).load(policy)
+        self.adapter.clear()
         if self.reader.critic is not None:
             ModelWeights(self.reader.critic, self._device).load(critic)
 

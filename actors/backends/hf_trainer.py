@@ -16,8 +16,9 @@ from actors.algorithms import disagreement
 from actors.algorithms.config import PAPERS, AlgorithmConfig, reads_proximal, resolve, scope
 from actors.algorithms.contract import Algorithm, TokenBatch
 from actors.backends import batch_statistics
+from actors.backends.contract import ADAPTER, BASE
 from actors.backends.host_copies import HostCopies
-from actors.backends.lora import LoraAdapter
+from actors.backends.lora import WRONG_BASE, LoraAdapter, base_checksum
 from actors.backends.optimizer import MOMENTS, Optimizer
 from actors.backends.ranks import Ranks
 from actors.backends.reading import Reader, Readings
@@ -33,10 +34,9 @@ from actors.backends.training_batches import (
     turn_numbers,
 )
 from actors.episodes import Group
+from actors.errors import BadCheckpoint
 from actors.models.config import LoraConfig
 from actors.trainer.config import TrainerConfig
-
-ADAPTER = "adapter."
 
 
 class HFTrainingEngine:
@@ -88,6 +88,7 @@ class HFTrainingEngine:
         self._reference: Reader | None = None
         self._lora_config, self._seed = lora, seed
         self._lora: LoraAdapter | None = None
+        self._base = torch.zeros(0, dtype=torch.uint8)  # checksum of what the adapter is on
         self._sharding: Sharding | None = None
         self._compute = torch.bfloat16 if config.dtype == "bfloat16" else self._dtype
         if process_group is not None or self._compute != self._dtype:
@@ -332,11 +333,8 @@ class HFTrainingEngine:
     # Weights and state.
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters under their Hugging Face names, tied ones once: the masters themselves. An adapter is
-        merged in, then they are in the precision of the frozen weights."""
-        if self._lora is not None:
-            yield from self._lora.merged(self.model)
-            return
+        """The policy's parameters under their Hugging Face names, tied ones once: the masters themselves. Under an
+        adapter they are frozen, and in the precision that is computed in."""
         for name, parameter in self._published.items():
             yield name, parameter.detach()
 
@@ -345,17 +343,26 @@ class HFTrainingEngine:
         for name, parameter in self._logprobs.beside().items():
             yield name.removeprefix("critic."), parameter.detach()
 
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's matrices, "LAYER.lora_A" [rank, in] and "LAYER.lora_B" [out, rank], the masters themselves,
+        whole on every rank; nothing without [model.lora]."""
+        self._put_adapter_on()
+        if self._lora is None:
+            return {}
+        return {name: parameter.detach() for name, parameter in self._lora.parameters().items()}
+
     def state(self) -> dict[str, Tensor]:
         """Parameters "model.*" (the critic's "model.critic.*"), moments "exp_avg.*" and "exp_avg_sq.*", the counters
         "steps" (of the schedule) and "updates" (of the optimizer), "reference.*" where there is one; not copies,
-        and DTensors where sharded. With an adapter "model.*" has it merged in, "base.*" has not, and "adapter.*" is it.
+        and DTensors where sharded. With an adapter "adapter.*" in place of "model.*", and "base", uint8 [16], a
+        checksum of the frozen model.
         """
+        self._put_adapter_on()
         updates, moments = (0, {}) if self._optimizer is None else self._optimizer.moments()
         tensors = self._parameters | self._buffers
         named = {_saved_as(name): tensor for name, tensor in tensors.items()}
         if self._lora is not None:
-            named |= {f"model.{name}": tensor for name, tensor in self.weights()}
-            named |= {f"base.{name}": p for name, p in self._published.items()}
+            named[BASE] = self._base
         if self._reference is not None:
             named |= {f"reference.{n}": p for n, p in self._reference.model.named_parameters()}
         return {
@@ -368,35 +375,48 @@ class HFTrainingEngine:
         """Restore `state`; tensors may be whole. Raises ValueError naming what is missing or has another shape; nothing
         is changed then.
 
-        A state from before the first step has no reference: its own weights are the reference.
+        A state from before the first step has no reference: its own weights are the reference. That of an adapter may
+        hold the frozen model as "model.*"; else the model that this engine was given has to be the one. Raises
+        BadCheckpoint where it is not.
         """
         updates = int(state.get("updates", torch.tensor(0)))
         self._put_adapter_on()
         self._check_fits(state, updates)
+        self._load_base(state)
         optimizer = self._ready()
         for sharded in self._sharded.values():
             sharded.release()
         self._steps = int(state["steps"])
         with torch.no_grad():
             for name, tensor in (self._parameters | self._buffers).items():
-                if _saved_as(name) in state:  # else an adapter that had not begun
-                    tensor.copy_(part_of(state[_saved_as(name)], tensor))
-            if self._lora is not None:
-                for name, tensor in self._published.items():
-                    given = state.get(f"base.{name}", state[f"model.{name}"])
-                    tensor.copy_(part_of(given, tensor))
+                tensor.copy_(part_of(state[_saved_as(name)], tensor))
             optimizer.load_moments(updates, state)
             if self._reference is not None:
                 for name, parameter in self._reference.model.named_parameters():
                     given = state.get(f"reference.{name}", state[f"model.{name}"])
                     parameter.copy_(part_of(given, parameter))
 
+    def _load_base(self, state: Mapping[str, Tensor]) -> None:
+        """See that the frozen model is the one that the adapter was trained on; loaded once, before it is sharded."""
+        if self._lora is None or torch.equal(self._base, state[BASE]):
+            return
+        given = {name: state.get(f"model.{name}") for name in self._published}
+        if self._optimizer is None and all(tensor is not None for tensor in given.values()):
+            with torch.no_grad():
+                for name, tensor in self._published.items():
+                    tensor.copy_(state[f"model.{name}"])
+            self._base = base_checksum(self._published)
+        if not torch.equal(self._base, state[BASE]):
+            raise BadCheckpoint(WRONG_BASE)
+
     def _check_fits(self, state: Mapping[str, Tensor], updates: int) -> None:
         begun = int(state.get("steps", torch.tensor(0))) > 0
-        expected: dict[str, Tensor] = {f"model.{n}": p for n, p in self._published.items()}
+        expected: dict[str, Tensor] = self._published if self._lora is None else {}
+        expected = {f"model.{name}": tensor for name, tensor in expected.items()}
+        if self._lora is not None:
+            expected[BASE] = self._base
         for name, parameter in self._parameters.items():
-            if begun or not name.startswith(ADAPTER):
-                expected[_saved_as(name)] = parameter
+            expected[_saved_as(name)] = parameter
             if updates:
                 expected |= {f"{moment}.{name}": parameter for moment in MOMENTS}
         wrong = [name for name in ("steps", "updates") if name not in state]
@@ -441,6 +461,7 @@ class HFTrainingEngine:
                 self.model, self._lora_config, seed=self._seed, compute_dtype=self._compute
             )
             self._name_parameters()
+            self._base = base_checksum(self._published)
 
     def _name_parameters(self) -> None:
         kept = self.model.state_dict(keep_vars=True)

@@ -1,15 +1,21 @@
 """A LoRA adapter on a transformers model: small trained matrices beside frozen ones (arXiv:2106.09685)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from actors.models.config import LoraConfig
+from channels.weights.delta import checksum
 
+WRONG_BASE = (
+    "the frozen model is not the one that the adapter was trained on, by its checksum: put back what [model] path "
+    "had when the job was submitted"
+)
+ALL_LINEAR = "all-linear"
 NAME = "default"  # peft's, where there is one adapter
 
 
@@ -18,33 +24,36 @@ class LoraAdapter:
 
     compute_dtype: of the frozen weights; the adapter stays in the model's own
 
-    Raises ValueError where peft is not installed, or `target_modules` name no layer of the model.
+    Raises ValueError where peft is not installed, or `target_modules` name no layer of the model, or another kind.
     """
 
     def __init__(
         self, model: Any, config: LoraConfig, *, seed: int, compute_dtype: torch.dtype
     ) -> None:
-        try:
-            import peft
-            from peft.tuners.lora import LoraLayer
-        except ImportError as error:
-            raise ValueError(
-                "[model.lora] needs the package peft: install flowd with its extra `lora`"
-            ) from error
+        peft = _peft()
         masters = next(model.parameters()).dtype
         targets = config.target_modules
         given = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
-            target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+            target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else list(targets),
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             peft.inject_adapter_in_model(given, model)
         self._layers: dict[str, Any] = {
-            name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, peft.tuners.lora.LoraLayer)
         }
+        other = [
+            n for n, layer in self._layers.items() if not isinstance(layer.base_layer, nn.Linear)
+        ]
+        if other:
+            raise ValueError(
+                f"[model.lora] target_modules name {other[0]}, which is no torch.nn.Linear: name linear layers only"
+            )
         model.requires_grad_(False)
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
@@ -69,40 +78,6 @@ class LoraAdapter:
             if not parameter.requires_grad
         }
 
-    @torch.no_grad()
-    def merged(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The weights with the adapter in them: W + alpha / rank · B A in the adapter's precision, cast to the base's.
-
-        Of a sharded weight each rank merges its shard; nothing is sent.
-        """
-        changed = {f"{name}.weight": layer for name, layer in self._layers.items()}
-        for name, weight in self.base(model).items():
-            layer = changed.get(name)
-            if layer is None:
-                yield name, weight.detach()
-                continue
-            low, high = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-            if not isinstance(weight, DTensor):
-                merged = weight.to(low.dtype) + high @ low * layer.scaling[NAME]
-                yield name, merged.to(weight.dtype)
-                continue
-            part = weight.to_local()
-            rank, ranks = weight.device_mesh.get_local_rank(), weight.device_mesh.size()
-            rows = -(-weight.shape[0] // ranks)  # as torch.chunk cuts
-            merged = part.to(low.dtype)
-            merged = merged + high[rank * rows :][: len(part)] @ low * layer.scaling[NAME]
-            yield (
-                name,
-                DTensor.from_local(
-                    merged.to(part.dtype),
-                    weight.device_mesh,
-                    weight.placements,
-                    run_check=False,
-                    shape=weight.shape,
-                    stride=weight.stride(),
-                ),
-            )
-
     @contextmanager
     def off(self) -> Iterator[None]:
         """The model is what it was without the adapter. Without gradients only."""
@@ -113,3 +88,63 @@ class LoraAdapter:
         finally:
             for layer in self._layers.values():
                 layer.enable_adapters(True)
+
+
+def merge(
+    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model with an adapter in them: W + scale · B A, in the adapter's precision; others as they are.
+
+    adapter: "LAYER.lora_A" [rank, in] and "LAYER.lora_B" [out, rank]    base: "LAYER.weight" [out, in] and the rest
+    """
+    for name, weight in base.items():
+        low = adapter.get(f"{name.removesuffix('.weight')}.lora_A")
+        if low is None:
+            yield name, weight
+        else:
+            high = adapter[f"{name.removesuffix('.weight')}.lora_B"]
+            yield name, weight.to(low.dtype) + high @ low * scale
+
+
+def base_checksum(base: Mapping[str, Tensor]) -> Tensor:
+    """uint8 [16], of the names, dtypes, shapes and bytes of a frozen model: what a state says of it."""
+    return torch.frombuffer(bytearray.fromhex(checksum(base)), dtype=torch.uint8)
+
+
+def save_peft_folder(
+    adapter: Mapping[str, Tensor], config: LoraConfig, base: str | None, folder: Path
+) -> None:
+    """Write a folder for `peft.PeftModel.from_pretrained(model, folder)`.
+
+    adapter: "LAYER.lora_A" and "LAYER.lora_B"    base: the folder of the model that it goes on top of, if it is one
+    """
+    from safetensors.torch import save_file
+
+    targets = set(config.target_modules)
+    if targets == {ALL_LINEAR}:
+        targets = {name.split(".")[-2] for name in adapter}
+    given = _peft().LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=sorted(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    folder.mkdir()
+    given.save_pretrained(folder)
+    save_file(
+        {f"base_model.model.{name}.weight": t.contiguous() for name, t in adapter.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            "[model.lora] needs the package peft: install flowd with its extra `lora`"
+        ) from error
+    return peft

@@ -26,8 +26,12 @@ class Optimizer:
         self._parameters = dict(parameters)
         self._max_grad_norm = config.max_grad_norm
         self._ranks = ranks
+        # The fused kernel takes sharded ones or whole ones: a critic in shards beside an adapter that is whole.
+        kinds: dict[bool, list[Tensor]] = {}
+        for parameter in self._parameters.values():
+            kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
         self._adam = torch.optim.AdamW(
-            self._parameters.values(),
+            [{"params": kind} for kind in kinds.values()],
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,

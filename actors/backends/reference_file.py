@@ -1,6 +1,7 @@
-"""The reference policy of a run as a file: written by the trainer before its first commit, read by inference actors.
+"""The policy that a run began with, as a file: written by the trainer before its first commit.
 
-It outlives every checkpoint, so a run that is resumed finds the reference that it began with. Blocking.
+Inference actors read it as the reference. Under an adapter it is the frozen model, which checkpoints do not hold, and
+the trainer reads it too. It outlives every checkpoint, so a run that is resumed finds what it began with. Blocking.
 """
 
 import os
@@ -25,6 +26,25 @@ def save_reference(run_dir: Path, parameters: "Mapping[str, torch.Tensor]") -> N
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, run_dir / FILE)
+
+
+def read_reference(run_dir: Path) -> "dict[str, torch.Tensor]":
+    """The policy's parameters by their Hugging Face names, on the host; nothing where the run has no such file.
+
+    Raises BadCheckpoint for one that is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = run_dir / FILE
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, SafetensorError) as error:
+        raise BadCheckpoint(
+            f"{path} cannot be read: {error}; submit the job anew, as the model that it began with is lost"
+        ) from error
 
 
 def load_reference(run_dir: Path, model: Any) -> None:

@@ -15,8 +15,10 @@ is a file of the run, written before the first step, and a request names its ver
 
 import asyncio
 import heapq
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import actors.wire  # noqa: F401  registers the payload types
 from actors.actor import Actor
@@ -28,6 +30,11 @@ from channels.lifecycle import Introduce
 from channels.weights import WeightsDirectory
 from channels.weights.delta import WeightsDelta
 from channels.work import StageTimes
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = Mapping[str, torch.Tensor]
 
 NOTHING = (-1, -1)  # no version is loaded
 AHEAD = 2  # requests held: one is read while the next one travels
@@ -201,11 +208,19 @@ class InferenceActor(Actor):
         return build_engine(self.spec, self.config)
 
     def _load(self, engine: InferenceEngine, version: tuple[int, int]) -> None:
-        with self.weights.borrow(*version) as policy:
-            assert not isinstance(policy, WeightsDelta)  # we named no version to go on from
-            if not self.config.inference.gives("values"):
-                engine.load_policy(version[1], policy, {})
-                return
-            with self.critic_weights.borrow(*version) as critic:
-                assert not isinstance(critic, WeightsDelta)
-                engine.load_policy(version[1], policy, critic)
+        lora = self.config.model.lora
+        base = self.weights.base_of(*version)
+        with ExitStack() as stack:
+
+            def borrow(weights: WeightsDirectory, name: tuple[int, int]) -> "Tensors":
+                found = stack.enter_context(weights.borrow(*name))
+                assert not isinstance(found, WeightsDelta)  # we named no version to go on from
+                return found
+
+            critic: Tensors = {}
+            if self.config.inference.gives("values"):
+                critic = borrow(self.critic_weights, version)
+            engine.load_policy(version[1], borrow(self.weights, base or version), critic)
+            if base is not None:
+                assert lora is not None
+                engine.load_adapter(borrow(self.weights, version), lora.scale)

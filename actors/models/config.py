@@ -25,6 +25,11 @@ class LoraConfig(Section, frozen=True, kw_only=True):
     target_modules: tuple[str, ...] = ("all-linear",)
     """Which layers get one, by the last part of their names: ["q_proj", "v_proj"]. "all-linear": all but the head."""
 
+    @property
+    def scale(self) -> float:
+        """Of the adapter's product."""
+        return self.alpha / self.rank
+
 
 class ModelConfig(Section, frozen=True, kw_only=True):
     """What is trained. With `path` the other fields are not read, but for lora."""

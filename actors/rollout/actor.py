@@ -12,6 +12,7 @@ mid-generation.
 """
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class RolloutActor(Actor):
         if devices.on_gpu(self.spec):
             self.device_weights = DeviceWeights(self.endpoint, partial(devices.gpu_of, self.spec))
         self.loaded = NOTHING  # (run attempt, version)
+        self.whole = (
+            NOTHING  # of which all weights were loaded: the same, or the base of an adapter
+        )
         self.gone: set[tuple[int, int]] = set()  # versions that the node no longer has
         self.wake = asyncio.Event()
         self.weights = WeightsDirectory(
@@ -221,12 +225,12 @@ class RolloutActor(Actor):
         self.on_device = None  # asked for once
         if self.device_weights is None or len(ranks) != num_ranks or not tensors:
             return False
-        self.loaded = NOTHING  # while it arrives, and if it does not
+        self.loaded = self.whole = NOTHING  # while it arrives, and if it does not
         work = partial(self.compute, "load_weights")
         if not await self.device_weights.load(version, ranks, tensors, work):
             return False
         self.sampler.weights_replaced(version[1])
-        self.loaded = version
+        self.loaded = self.whole = version
         return True
 
     def _deliver(self) -> None:
@@ -322,15 +326,28 @@ class RolloutActor(Actor):
         self.pending.extend(self.sampler.suspend())
 
     def _load(self, version: tuple[int, int]) -> None:
-        with self.weights.borrow(*version, held=self.loaded) as weights:
+        base = self.weights.base_of(*version)
+        if base is None:
+            self._load_whole(version)
+        else:
+            if base != self.whole:
+                self._load_whole(base)
+            with self.weights.borrow(*version) as adapter:
+                assert isinstance(adapter, Mapping)
+                self.sampler.load_adapter(version[1], adapter)
+            self.loaded = version
+
+    def _load_whole(self, version: tuple[int, int]) -> None:
+        """All weights of a version, or what changed since those that the sampler has."""
+        with self.weights.borrow(*version, held=self.whole) as weights:
             try:
                 self.sampler.load_weights(version[1], weights)
             except WeightsMismatch as error:
                 self.log.warning("delta does not fit version=%d: %s", version[1], error)
-                self.loaded = NOTHING  # also if the full state is gone by now
+                self.loaded = self.whole = NOTHING  # also if the full state is gone by now
             else:
-                self.loaded = version
+                self.loaded = self.whole = version
                 return
         with self.weights.borrow(*version) as weights:
             self.sampler.load_weights(version[1], weights)
-        self.loaded = version
+        self.loaded = self.whole = version

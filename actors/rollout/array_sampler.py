@@ -69,6 +69,9 @@ class ArraySampler:
             self._weights.apply(weights)
         self._version = version
 
+    def load_adapter(self, version: int, adapter: "Mapping[str, torch.Tensor]") -> None:
+        raise AssertionError("adapters are for language models: a job with both is refused")
+
     def weights_in_place(self) -> "Mapping[str, torch.Tensor]":
         return self._weights.in_place()
 

@@ -109,6 +109,12 @@ class TextSampler:
         assert self.engine is not None
         self.engine.load_weights(version, weights)
 
+    def load_adapter(self, version: int, adapter: "Mapping[str, torch.Tensor]") -> None:
+        lora = self._config.model.lora
+        assert self.engine is not None
+        assert lora is not None, "an adapter in a job without [model.lora]"
+        self.engine.load_adapter(version, adapter, lora.scale)
+
     def weights_in_place(self) -> "Mapping[str, torch.Tensor]":
         return {} if self.engine is None else self.engine.weights_in_place()
 

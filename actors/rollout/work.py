@@ -90,6 +90,10 @@ class Sampler(Protocol):
         """Replace the weights. Raises WeightsMismatch for a delta that does not fit: load others then."""
         ...
 
+    def load_adapter(self, version: int, adapter: "Mapping[str, torch.Tensor]") -> None:
+        """Put the job's LoRA adapter on top of the weights that were loaded."""
+        ...
+
     def weights_in_place(self) -> "Mapping[str, torch.Tensor]":
         """See `GenerationEngine.weights_in_place`."""
         ...

@@ -2,9 +2,10 @@
 
 The leader holds finished groups until the conductor admits them to a step, shares them out over the ranks by tokens,
 and trains on the first micro-batch while later groups are still being sampled (under a shared lease it waits for the
-whole step's batch instead: the stages take turns). After a step it publishes the weights as the next policy version,
-and commits: the state is copied to the host, every rank writes its part while the training goes on, and checkpoint and
-manifest become visible by one rename. One commit is in flight at most.
+whole step's batch instead: the stages take turns). After a step it publishes the weights as the next policy version;
+where an adapter is trained, that alone, on top of version 0, which is the frozen model. And it commits: the state is
+copied to the host, every rank writes its part while the training goes on, and checkpoint and manifest become visible by
+one rename. One commit is in flight at most.
 
 The other ranks do what the leader says. A rank that dies takes the whole replica with it.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import actors.wire  # noqa: F401  registers the payload types
 from actors import devices
 from actors.actor import Actor
-from actors.backends.contract import CRITIC_WEIGHTS, TrainingEngine, policy_of
+from actors.backends.contract import CRITIC_WEIGHTS, TrainingEngine
 from actors.backends.reference_file import save_reference
 from actors.conductor.manifest import Manifest, newest_manifest
 from actors.episodes import Group, Segment
@@ -69,6 +70,7 @@ class TrainerActor(Actor):
         job = self.config.job
         self.leader = self.spec.rank == 0
         self.offloaded = False
+        self.has_adapter = self.config.model.lora is not None
         self.engine: TrainingEngine | None = None
         self.commits: Commits | None = None
         self.tasks: asyncio.TaskGroup | None = None  # while it runs
@@ -80,7 +82,7 @@ class TrainerActor(Actor):
             keep=job.max_staleness + 2,
             variant=self.config.trainer.weights,
         )
-        self.on_host = self._kinds_on_host()  # in the order in which they are published
+        self.on_host = self._kinds_on_host()
         self.device_weights: DeviceWeights | None = None
         if devices.on_gpu(self.spec):
             self.device_weights = DeviceWeights(
@@ -283,6 +285,8 @@ class TrainerActor(Actor):
         async with self.lease:
             await self._ensure_device()
             await self._command_ranks("begin")
+            if self.has_adapter and self.step:
+                await self._write_version("policy", 0)  # what the others go on top of
             await self.compute("publish", self._publish_older)
             await self._publish()
         self.lease.idle()
@@ -403,8 +407,9 @@ class TrainerActor(Actor):
         return published.variant, published.variant_bytes
 
     async def _offer(self) -> WeightsPublished | None:
-        """On the GPUs of all ranks, until the next update. Stages that take turns on them have no use for it."""
-        if not self.on_gpus or self.lease.shared or not self._has_offers:
+        """On the GPUs of all ranks, until the next update. Stages that take turns on them have no use for it, and an
+        adapter is too small to be worth the way."""
+        if not self.on_gpus or self.has_adapter or self.lease.shared or not self._has_offers:
             return None
         ranks = self._command_ranks("offer")
         size_bytes = await self.compute("publish", self._offer_parts)
@@ -433,18 +438,28 @@ class TrainerActor(Actor):
             await self.device_weights.withdraw()
 
     async def _publish_on_host(self) -> WeightsPublished:
-        """Every rank writes its parts into one file of a kind, shown when all have. The policy is last, and told."""
-        for kind, weights in self.on_host.items():
-            name = (self.run_attempt, self.step)
-            publication, tensors = await self.compute("publish", weights.begin, name)
-            try:
-                ranks = self._command_ranks("publish", (kind, str(publication.path)))
-                await self.compute("publish", weights.write, publication, tensors)
-                await ranks
-                published: WeightsPublished = await self.compute("publish", publication.finish)
-            finally:
-                publication.drop()
+        """The version that the engine has, of each kind. The policy, or its adapter, is last, and told."""
+        of_adapter = self.has_adapter and self.step > 0
+        if "critic" in self.on_host:
+            await self._write_version("critic", self.step)
+        published = await self._write_version("adapter" if of_adapter else "policy", self.step)
         self._tell(published)
+        return published
+
+    async def _write_version(self, kind: str, version: int) -> WeightsPublished:
+        """Every rank writes its parts into one file, shown when all have."""
+        weights = self.on_host[kind]
+        base = (self.run_attempt, 0) if kind == "adapter" else None
+        publication, tensors = await self.compute(
+            "publish", weights.begin, (self.run_attempt, version), base
+        )
+        try:
+            ranks = self._command_ranks("publish", (kind, str(publication.path)))
+            await self.compute("publish", weights.write, publication, tensors)
+            await ranks
+            published: WeightsPublished = await self.compute("publish", publication.finish)
+        finally:
+            publication.drop()
         return published
 
     def _kinds_on_host(self) -> dict[str, HostWeights]:
@@ -462,6 +477,10 @@ class TrainerActor(Actor):
         kinds["policy"] = HostWeights(
             self.weights, lambda: self._engine.weights(), dtype=dtype, **ranks
         )
+        if self.has_adapter:
+            kinds["adapter"] = HostWeights(
+                self.weights, lambda: iter(self._engine.adapter().items()), dtype=None, **ranks
+            )
         return kinds
 
     @property
@@ -628,10 +647,11 @@ class TrainerActor(Actor):
         assert self.commits is not None
         writer = self.commits.writer
         state = self.engine.state()
-        if self.config.inference.gives("reference"):
-            save_reference(
-                self.run_dir, policy_of(state)
-            )  # before it counts that there is a commit
+        # What checkpoints of an adapter do not hold is in the model's folder, unless the job made it.
+        made = self.config.model.path is None or self.config.warmup.steps
+        if self.config.inference.gives("reference") or (self.has_adapter and made):
+            # Before it counts that there is a commit.
+            save_reference(self.run_dir, dict(self.engine.weights()))
         writer.stage(self.commit.step, state)
         writer.write(alone=True)
         writer.commit(self.commit)
@@ -641,7 +661,7 @@ class TrainerActor(Actor):
         assert self.commits is not None
         # What the next groups of a deterministic job will be sampled with, wherever it goes on.
         lag = self.config.job.max_staleness if self.config.job.deterministic and self.leader else 0
-        older = range(max(0, step - lag), step)
+        older = range(max(1 if self.has_adapter else 0, step - lag), step)  # the base is at hand
         self.commits.writer.stage(
             step, self.engine.state(), {v: self.weights.load(self.run_attempt, v) for v in older}
         )
@@ -657,8 +677,9 @@ class TrainerActor(Actor):
 
     def _publish_older(self) -> None:
         """Put the commit's older policies where rollout actors look for them."""
+        base = (self.run_attempt, 0) if self.has_adapter else None
         for version, tensors in checkpoint.load_policies(self.run_dir, self.step).items():
-            self.weights.publish(self.run_attempt, version, tensors.items())
+            self.weights.publish(self.run_attempt, version, tensors.items(), base=base)
 
     def _write_samples(self, groups: Sequence[Group]) -> None:
         count = self.config.metrics.samples_per_step

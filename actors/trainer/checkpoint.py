@@ -4,6 +4,9 @@ The state is written and synced first, under a name that does not count; the man
 the commit (see `manifest`). In three blocking calls, so that training can go on after the first: `stage` copies the
 state to the host, `write` puts the copy on disk, `commit` makes it count.
 
+Of a job that trains an adapter a checkpoint holds the adapter, and a checksum of the frozen model: that one is what
+[model] path says, or else in the run's directory, once (see `reference_file`).
+
 A deterministic job samples with exact versions, also older ones than the commit's: the commit keeps those too.
 """
 
@@ -14,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file, save_file
 
-from actors.backends.contract import TrainingEngine
+from actors.backends.contract import ADAPTER, TrainingEngine
+from actors.backends.reference_file import read_reference
 from actors.conductor.manifest import Manifest, checkpoint_dir, newest_manifest, write_manifest
 from actors.errors import BadCheckpoint
 from actors.retention import prune
@@ -89,8 +93,12 @@ def load(run_dir: Path, engine: TrainingEngine) -> Manifest:
     if manifest is None:
         raise BadCheckpoint(f"{run_dir} has no commit: the run never reached its first step")
     directory = checkpoint_dir(run_dir, manifest.step)
+    state: Tensors = Shards(directory)
+    if any(name.startswith(ADAPTER) for name in state):
+        began = {f"model.{name}": tensor for name, tensor in read_reference(run_dir).items()}
+        state = {**began, **state}
     try:
-        engine.load_state(Shards(directory))
+        engine.load_state(state)
     except ValueError as error:
         raise bad_checkpoint(directory, str(error)) from error
     return manifest

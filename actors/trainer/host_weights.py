@@ -38,10 +38,12 @@ class HostWeights:
         self._dtype = dtype
         self._parts = ShardWriter(rank, num_ranks)
 
-    def begin(self, name: VersionName) -> "tuple[Publication, dict[str, torch.Tensor]]":
-        """The leader: the file of a version, which nobody sees yet, and what it is made of."""
+    def begin(
+        self, name: VersionName, base: VersionName | None = None
+    ) -> "tuple[Publication, dict[str, torch.Tensor]]":
+        """The leader: the file of a version, which nobody sees yet, and what it is made of. base: of an adapter"""
         tensors = dict(self._tensors())
-        return self.directory.begin(*name, outline(tensors, self._dtype)), tensors
+        return self.directory.begin(*name, outline(tensors, self._dtype), base=base), tensors
 
     def write(self, publication: Publication, tensors: "Mapping[str, torch.Tensor]") -> None:
         """The leader: its own parts of what it began."""

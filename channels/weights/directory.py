@@ -269,6 +269,10 @@ class WeightsDirectory:
             )
         return None
 
+    def base_of(self, run_attempt: int, version: int) -> VersionName | None:
+        """What an adapter version goes on top of; None of a version that is whole. Raises VersionGone."""
+        return self._versions.find((run_attempt, version)).base
+
     def load(self, run_attempt: int, version: int) -> "Mapping[str, torch.Tensor]":
         """The tensors of a version by name, mapped. Raises VersionGone, BadFrame for a damaged file."""
         name = (run_attempt, version)

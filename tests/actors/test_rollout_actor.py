@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from actor_stage import TINY, Peer, Stage, job_config
 
 from actors.backends.contract import GenerationRequest
+from actors.backends.lora import merge
 from actors.episodes import Action, SampleRequest, Sampling, TurnRequest
 from actors.job_config import JobConfig
+from actors.models.config import LoraConfig
 from actors.models.loading import build_model
 from actors.rollout import text_sampler
 from channels.channel import Producer
@@ -274,6 +277,66 @@ def test_a_delta_is_applied_and_one_that_does_not_fit_is_replaced(run: Run, tmp_
             assert (await sample(2))[0] == "delta"
             assert loaded == ["WeightsDelta", "WeightsDelta", "dict"]
             assert actor.loaded == (0, 2)
+
+    run(main)
+
+
+def test_adapters_go_on_top_of_a_base_that_is_loaded_once(run: Run, tmp_path: Path) -> None:
+    """One that comes late gets the base and the newest adapter; older versions and the base itself can be had again."""
+    base = dict(weights_of(0).named_parameters())
+    generator = torch.Generator().manual_seed(1)
+    layer = "model.layers.0.self_attn.q_proj"
+    adapters = {
+        version: {
+            f"{layer}.lora_A": torch.randn(2, 16, generator=generator),
+            f"{layer}.lora_B": torch.randn(16, 2, generator=generator),
+        }
+        for version in (1, 2)
+    }
+    lora = LoraConfig(rank=2, alpha=3)
+    config = job_config(model=msgspec.structs.replace(TINY, lora=lora), job={"max_staleness": 1})
+
+    def model_of(version: int) -> Any:
+        model = weights_of(0)
+        merged = dict(merge(base, adapters.get(version, {}), lora.scale))
+        model.load_state_dict(merged, strict=False)
+        return model
+
+    async def sample(driver: Driver, group: int, version: int) -> None:
+        (action, _) = await driver.requests.call(request(group, version=version))
+        assert set(action.versions.tolist()) == {version}
+        expected = logprobs_of(model_of(version), action)
+        np.testing.assert_allclose(action.logprobs, expected, atol=1e-4)
+
+    async def main() -> None:
+        loaded: list[int] = []
+        async with Driver(tmp_path, config) as driver:
+            await driver.with_env()
+            driver.publish(0)
+            await sample(driver, 0, 0)
+            engine = driver.stage.actor.sampler.engine
+            load = engine.load_weights
+            engine.load_weights = lambda version, weights: (
+                loaded.append(version),
+                load(version, weights),
+            )
+            for version in (1, 2):
+                published = driver.directory.publish(
+                    0, version, adapters[version].items(), base=(0, 0)
+                )
+                driver.conductor.endpoint.send(driver.stage.spec.peer, published)
+                await sample(driver, version, version)
+            await sample(driver, 3, 1)
+            assert loaded == []
+            await sample(driver, 4, 0)
+            assert loaded == [0]
+        async with Driver(tmp_path, config, name="rollout-1") as late:
+            await late.with_env()
+            newest = late.directory.newest()
+            assert newest is not None
+            assert newest.variant == "adapter"
+            late.conductor.endpoint.send(late.stage.spec.peer, newest)
+            await sample(late, 5, 2)
 
     run(main)
 

@@ -12,14 +12,16 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from actor_stage import JOB, Peer, Stage, job_config
+from actor_stage import JOB, TINY, Peer, Stage, job_config
 
 from actors.backends.contract import CRITIC_WEIGHTS
+from actors.backends.reference_file import FILE
 from actors.conductor.group_set import GroupSet
 from actors.conductor.manifest import Manifest, checkpoint_dir, newest_manifest, write_manifest
 from actors.episodes import Action, Group, PolicyReading, Segment, Turn
 from actors.job_config import JobConfig
-from actors.models.loading import build_model
+from actors.models.config import LoraConfig
+from actors.models.loading import build_model, save_pretrained_folder
 from actors.trainer import building
 from actors.trainer.checkpoint import CheckpointWriter
 from actors.trainer.shard_files import Shards
@@ -357,6 +359,62 @@ def test_how_weights_were_published_is_told(run: Run, tmp_path: Path, variant: s
             engine = play.stage.actor.engine
             for name, tensor in engine.weights():
                 assert play.directory.load(0, 1)[name].equal(tensor.bfloat16())
+
+    run(main)
+
+
+LORA = msgspec.structs.replace(TINY, lora=LoraConfig(rank=2))
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["made", "folder"])
+def test_an_adapter_travels_and_is_committed_alone(run: Run, tmp_path: Path, folder: bool) -> None:
+    """Version 0 is the frozen model, of every run attempt; a model without a folder is in the run's directory, once."""
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    model, tokenizer = build_model(TINY, seed=3)
+    path = tmp_path / "model"
+    save_pretrained_folder(model, tokenizer, path)
+    config = job_config(
+        model=msgspec.structs.replace(LORA, path=str(path) if folder else None),
+        job={"deterministic": True, "max_staleness": 1},
+    )
+
+    async def main() -> None:
+        async with Play(tmp_path, config) as play:
+            first = await play.begin()
+            assert (first.policy_version, first.variant, first.base) == (0, "full", None)
+            for group in range(3):
+                await play.deliver(make_group(2 * group), make_group(2 * group + 1))
+                play.admit(group, 2 * group, 2 * group + 1, last=True, commit=group != 2)
+                done = await play.step_done(group + 1)
+            engine = play.stage.actor.engine
+            base = play.directory.load(0, 0)
+            assert not differ(base, dict(engine.weights()))
+            assert done.weights_variant == "adapter"
+            assert play.directory.base_of(0, 3) == (0, 0)
+            newest = play.directory.load(0, 3)
+            assert not differ(newest, engine.adapter())
+            assert done.metrics["weights_bytes"] < first.size_bytes / 2
+            assert (await play.conductor.take(Committed, 2)).step == 2
+        saved = Shards(checkpoint_dir(tmp_path, 2))
+        assert not [name for name in saved if name.startswith("model.")]
+        assert (tmp_path / FILE).exists() != folder
+        async with Play(tmp_path, config, epoch=1) as play:
+            await play.begin(run_attempt=1)
+            published = play.conductor.of(WeightsPublished)
+            assert [(p.policy_version, p.variant, p.base) for p in published] == [
+                (2, "adapter", (1, 0))
+            ]
+            assert play.directory.base_of(1, 1) == (1, 0), "the older policy of the commit"
+            assert not differ(play.directory.load(1, 0), base)
+            await play.deliver(make_group(4), make_group(5))
+            play.admit(2, 4, 5, last=True)
+            await play.conductor.take(Committed)
+            assert not differ(play.directory.load(1, 3), newest)
+        if folder:
+            save_pretrained_folder(build_model(TINY, seed=4)[0], tokenizer, path)
+            async with Stage(tmp_path, "trainer", config, devices=("cpu:0",), epoch=2) as stage:
+                failed = await stage.heard(Failed)
+                assert "put back what [model] path had" in failed.error
 
     run(main)
 

@@ -45,10 +45,20 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().numpy().tobytes()
 
 
+def named(prefix: str, bound: int, changes: tuple[str, ...]) -> str:
+    what = {FILTERED: "-filtered", ADAPTER: "-adapter"}.get(changes, "")
+    return f"{prefix}-{bound}{what}"
+
+
+def steps_of(changes: tuple[str, ...]) -> int:
+    """Short where there are changes."""
+    return FEW_STEPS if changes else STEPS
+
+
 def undisturbed(flowd: Flowd, bound: int, *changes: str) -> Outcome:
-    """Of a job that nothing happens to; run once for each bound, and once filtered."""
-    name = f"calm-{bound}{'-filtered' * bool(changes)}"
-    steps = FILTERED_STEPS if changes else STEPS
+    """Of a job that nothing happens to; run once for each bound and set of changes."""
+    name = named("calm", bound, changes)
+    steps = steps_of(changes)
     if not flowd.run(name).root.exists():
         flowd.submit(name, *CHANGES, f"job.max_staleness={bound}", *changes)
         flowd.wait_done(name)
@@ -59,32 +69,35 @@ def undisturbed(flowd: Flowd, bound: int, *changes: str) -> Outcome:
     return calm
 
 
+FEW_STEPS = 15
+ADAPTER = ("model.lora.rank=2", "trainer.learning_rate=0.01", f"job.steps={FEW_STEPS}")
 # Of four answers about half are right: five of eight groups are sampled again.
-FILTERED_STEPS = 15
 FILTERED = (
     "algorithm.dynamic_sampling=true",
     "algorithm.filter_range=[0.4, 0.6]",
-    f"job.steps={FILTERED_STEPS}",
+    f"job.steps={FEW_STEPS}",
 )
 
 
 @pytest.mark.parametrize(
-    ("bound", "changes"), [(0, ()), (1, ()), (1, FILTERED)], ids=["0", "1", "1-filtered"]
+    ("bound", "changes"),
+    [(0, ()), (1, ()), (1, FILTERED), (1, ADAPTER)],
+    ids=["0", "1", "1-filtered", "1-adapter"],
 )
 def test_killed_trainer_changes_no_number(
     flowd: Flowd, bound: int, changes: tuple[str, ...]
 ) -> None:
-    """What is sampled and trained again after a rollback is what it was, and so is what is filtered out."""
+    """What is sampled and trained again after a rollback is what it was; so is what is filtered out, or an adapter."""
     calm = undisturbed(flowd, bound, *changes)
-    name = f"killed-deterministic-{bound}{'-filtered' * bool(changes)}"
+    name = named("killed-deterministic", bound, changes)
     flowd.submit(name, *CHANGES, f"job.max_staleness={bound}", *changes)
     flowd.wait_step(name, 8)
     kill(flowd.pid_of(name, "trainer-0"))
     flowd.wait_done(name)
-    lines = flowd.check_done(name, steps=FILTERED_STEPS if changes else STEPS)
+    lines = flowd.check_done(name, steps=steps_of(changes))
     assert lines[-1]["attempt"] == 1
     assert outcome(flowd, name) == calm
-    if changes:
+    if changes == FILTERED:
         assert all(line["useful_share"] == 1.0 and line["filtered_share"] > 0 for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""A job that trains an adapter: rollouts get the two merged, and so does who exports it."""
+"""A job that trains an adapter: it alone goes to rollouts and into checkpoints; who exports it gets the two merged."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,9 @@ def test_lora_job_trains_and_exports_the_merged_model(own_flowd: Flowd, tmp_path
     sets = [word for option in options for word in ("--set", option)]
     done = own_flowd.ctl("run", "--inline", str(FAST), *sets)
     assert done.returncode == 0, done.stderr
-    lines = own_flowd.run("adapted").metrics.read_text().splitlines()
-    assert all(abs(json.loads(line)["kl_sampler"]) < 1e-2 for line in lines)
+    lines = [json.loads(line) for line in own_flowd.run("adapted").metrics.read_text().splitlines()]
+    assert all(abs(line["kl_sampler"]) < 1e-2 for line in lines)
+    assert {line["weights_variant"] for line in lines} == {"adapter"}
     weights = []
     for step in (0, 2):
         folder = tmp_path / str(step)

@@ -173,16 +173,6 @@ def test_overrides_win_over_the_file():
             ],
             ['[rollout] dtype = "bfloat16" is what weights are published in', "trainer.dtype"],
         ),
-        (
-            [
-                "inference.devices=1",
-                'inference.computes=["values"]',
-                "algorithm.name=ppo",
-                "trainer.dtype=bfloat16",
-                "model.lora={rank=4}",
-            ],
-            ["merged, which rounds"],
-        ),
         (["model.tokenizer=character"], ["did you mean characters?"]),
         (["model.hidden_size=100", "model.num_heads=8"], ["multiple of 16", "use 112"]),
         (["env.task=arithmetics"], ["is not a task", "did you mean arithmetic?"]),
