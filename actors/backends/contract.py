@@ -187,7 +187,7 @@ class TrainingEngine(Protocol):
         """All that a restart needs (parameters, optimizer moments, step counter) as a flat mapping.
 
         Not copies: the next step changes them. DTensors where a rank has a shard, plain tensors where each has all.
-        The policy's parameters are "model.NAME", the critic's "model.critic.NAME"; `policy_of` takes the first. With an
+        The policy's parameters are "model.NAME", the critic's "model.critic.NAME". With an
         adapter "adapter.NAME" is there in place of the policy's, and "base", a checksum of the frozen model.
         """
         ...
@@ -203,15 +203,6 @@ class TrainingEngine(Protocol):
     def onload(self) -> None: ...
 
     def memory_bytes(self) -> int: ...
-
-
-def policy_of(state: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """The policy's parameters in a training engine's state, by their Hugging Face names."""
-    return {
-        name.removeprefix("model."): tensor
-        for name, tensor in state.items()
-        if name.startswith("model.") and not name.startswith("model.critic.")
-    }
 
 
 class InferenceEngine(Protocol):

@@ -21,7 +21,6 @@ from trainer_cases import (
 
 from actors.algorithms import registry
 from actors.algorithms.config import AlgorithmConfig
-from actors.backends.contract import policy_of
 from actors.backends.hf_inference import HFInferenceEngine
 from actors.backends.hf_trainer import HFTrainingEngine
 from actors.backends.reference_file import load_reference, save_reference
@@ -109,7 +108,7 @@ def test_a_trainer_without_a_reference_refuses_groups_that_bring_none() -> None:
 def test_the_reference_goes_by_way_of_a_file(tmp_path: Path) -> None:
     """The policy alone, without the critic that is trained beside it; another model, or none, is told."""
     trainer = engine(qwen(torch.float32), name="ppo", critic="model")
-    save_reference(tmp_path, policy_of(trainer.state()))
+    save_reference(tmp_path, dict(trainer.weights()))
     step(trainer, make_groups())
     model = qwen(torch.float32)
     with torch.no_grad():
