@@ -32,17 +32,22 @@ class Readings:
         self._pool = pool
         self._spawn = spawn
         self._version: tuple[int, int] | None = None  # run attempt, version: the newest that is out
-        self._due: dict[int, list[Key]] = {}  # by step: admitted and not asked about
+        self._due: dict[int, list[Key]] = {}  # by step: admitted before their version was out
+        self._admitted: dict[Key, int] = {}  # the step of each, of this one and later ones
         self._asked: dict[Key, asyncio.Task[Answer]] = {}
 
     def admit(self, step: int, key: Key) -> None:
-        """A group of the pool will be trained by a step."""
-        self._due.setdefault(step, []).append(key)
-        self._ask()
+        """A group of the pool will be trained by a step. A conductor may say so again, even when it has been."""
+        trained = self._version is not None and step < self._version[1]
+        if not trained and key not in self._admitted:
+            self._admitted[key] = step
+            self._due.setdefault(step, []).append(key)
+            self._ask()
 
     def published(self, run_attempt: int, version: int) -> None:
         """The version that the step of its number begins with is in the host copy."""
         self._version = (run_attempt, version)
+        self._admitted = {key: step for key, step in self._admitted.items() if step >= version}
         self._ask()
 
     def reset(self) -> None:
@@ -50,6 +55,7 @@ class Readings:
         for asked in self._asked.values():
             asked.cancel()
         self._asked.clear()
+        self._admitted.clear()
         self._due.clear()
         self._version = None
 
