@@ -71,7 +71,7 @@ def test_numbers_are_those_of_a_trainer_with_its_own_reference(flowd: Flowd) -> 
 def test_who_answers_or_who_asks_is_killed(flowd: Flowd, killed: str) -> None:
     """The trainer holds its step's groups and asks the next life of the only inference actor about them; without it the
     job goes back to its last commit, and what was asked before is void."""
-    name = f"killed-{killed}"
+    name = f"reading-{killed}-killed"
     flowd.submit(name, *ACTOR_CRITIC, *COMPUTED_OUTSIDE)
     flowd.wait_step(name, 7)
     kill(flowd.pid_of(name, killed))
