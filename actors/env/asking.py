@@ -7,7 +7,7 @@ messages cost more than the pass. Sequences of tokens end one by one, so request
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.episodes import Action, TurnRequest
 from channels.channel import Producer
@@ -25,8 +25,10 @@ class _Asked:
 class Asking:
     """Puts requests on the channel "requests" and hands the actions out.
 
-    together: requests that are made in the same turn of the loop share items, if they may be answered with the same
-    policy version in the same way    max_samples: of an item, unless one request has more
+    together: requests that are made in the same turn of the loop share items, if one policy version may answer them in
+    the same way. Their group's version bounds those that ask for no exact one from below, and it was out when the
+    group was issued; so all of an item ask for the newest among them, and have the highest of their priorities.
+    max_samples: of an item, unless one request has more
     """
 
     def __init__(self, requests: Producer, *, together: bool, max_samples: int) -> None:
@@ -64,7 +66,7 @@ class Asking:
         for asked in waiting:
             if not asked.answer.done():
                 r = asked.request
-                kind = (r.run_attempt, r.version, r.exact, r.sampling, asked.priority)
+                kind = (r.run_attempt, r.version if r.exact else None, r.sampling)
                 alike.setdefault(kind, []).append(asked)
         for kind_of in alike.values():
             for part in self._parts(kind_of):
@@ -97,8 +99,10 @@ class Asking:
         for one in asked:
             one.answer.add_done_callback(given_up)
         try:
+            version = max(one.request.version for one in asked)
             actions: Actions = await self._requests.call(
-                tuple(one.request for one in asked), priority=asked[0].priority
+                tuple(replace(one.request, version=version) for one in asked),
+                priority=max(one.priority for one in asked),
             )
         except Exception as error:  # as if each had asked alone
             for one in asked:

@@ -96,23 +96,44 @@ def test_what_is_asked_in_one_turn_of_the_loop_is_one_item(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "different",
-    [{"version": 1}, {"run_attempt": 1}, {"exact": True}, {"sampling": Sampling(temperature=0.0)}],
+    [{"run_attempt": 1}, {"exact": True}, {"sampling": Sampling(temperature=0.0)}],
 )
 def test_what_may_be_answered_differently_travels_apart(
     run: Run, different: dict[str, Any]
 ) -> None:
-    """An item has one policy version, one transform and one priority."""
+    """An item is answered with one policy version and one transform."""
 
     async def main() -> None:
         play = Play()
         asked = [play.ask(request(0)), play.ask(request(1, **different)), play.ask(request(2))]
-        urgent = play.ask(request(3), priority=5)
-        items = [await play.rollouts[0].get() for _ in range(3)]
-        assert sorted(groups(item) for item in items) == [[0, 2], [1], [3]]
-        assert {item.priority for item in items if groups(item) == [3]} == {5}
+        items = [await play.rollouts[0].get() for _ in range(2)]
+        assert sorted(groups(item) for item in items) == [[0, 2], [1]]
         for item in items:
             answer(item)
-        assert await asyncio.gather(*asked, urgent) == [((n, 0),) for n in range(4)]
+        assert await asyncio.gather(*asked) == [((n, 0),) for n in range(3)]
+
+    run(main)
+
+
+def test_groups_of_different_steps_share_an_item(run: Run) -> None:
+    """It asks for the newest of their versions, and is as urgent as the first step; exact versions stay apart."""
+
+    async def main() -> None:
+        play = Play()
+        asked = [
+            play.ask(request(0, version=3), priority=-3),
+            play.ask(request(1, version=2), priority=-2),
+            play.ask(request(2, version=2, exact=True)),
+            play.ask(request(3, version=3, exact=True)),
+        ]
+        items = [await play.rollouts[0].get() for _ in range(3)]
+        assert sorted(groups(item) for item in items) == [[0, 1], [2], [3]]
+        (shared,) = (item for item in items if groups(item) == [0, 1])
+        assert [one.version for one in shared.payload] == [3, 3]
+        assert shared.priority == -2
+        for item in items:
+            answer(item)
+        await asyncio.gather(*asked)
 
     run(main)
 
