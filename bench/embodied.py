@@ -53,7 +53,12 @@ record = 0
 WARM_IN_STEPS = 2
 JOBS: dict[str, dict[str, Any]] = {
     "flowd": {"job.mode": "collocated", "job.max_staleness": 0},
-    "flowd_pipelined": {"job.mode": "disaggregated", "job.max_staleness": 1},
+    # Room for the next step's episodes beside those of this one.
+    "flowd_pipelined": {
+        "job.mode": "disaggregated",
+        "job.max_staleness": 1,
+        "env.groups_per_actor": 16,
+    },
 }
 OVER_LOOP, OVER_SB3, ON_POLICY_OVER_SB3, LATENCY_US = 1.5, 1.2, 1.0, 1000.0
 
