@@ -26,7 +26,7 @@ import msgspec
 
 from actors.job_config import JobConfig
 from bench.embodied_ways import LAST_STEPS, WAYS, run_way
-from bench.local import Flowd, MachineLoad, overrides, surroundings
+from bench.local import Flowd, MachineLoad, overrides, surroundings, tell
 from bench.spine import rotated
 from flowd.job import load_job
 
@@ -200,13 +200,8 @@ def main() -> int:
         print(json.dumps(run_way(args.way, config, args.steps, WARM_IN_STEPS)))
         return 0
     result = measure(args.steps, args.rounds, str(Path(args.python).absolute()))
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        for key, value in result.items():
-            if isinstance(value, float | str) and key != "config":
-                print(f"{key}: {value if isinstance(value, str) else round(value, 3)}")
-    return 0 if reached(result) else 1
+    result["bar_reached"] = reached(result)
+    return tell(result, as_json=args.json)
 
 
 if __name__ == "__main__":
