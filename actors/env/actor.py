@@ -132,6 +132,7 @@ class EnvActor(Actor):
             self.requests,
             together=config.policy is not None,
             max_samples=config.rollout.max_running,
+            num_rollouts=lambda: len(self.peers_of("rollout")),
         )
         self.groups = self.router.producer("groups", bound=num_groups, epoch=self.spec.epoch)
         self._account()
@@ -182,7 +183,6 @@ class EnvActor(Actor):
                 self.evaluations.add_producer(peer.peer)
             case "rollout":
                 self.requests.add_consumer(peer.peer)
-                self.asking.consumers.add(peer.peer)
             case kind if kind == self.config.target_of_groups and peer.rank == 0:
                 self.groups.add_consumer(peer.peer)
 
@@ -194,7 +194,6 @@ class EnvActor(Actor):
                 self.evaluations.remove_producer(peer.peer)
             case "rollout":
                 self.requests.remove_consumer(peer.peer)
-                self.asking.consumers.discard(peer.peer)
             case kind if kind == self.config.target_of_groups and peer.rank == 0:
                 self.groups.remove_consumer(peer.peer)
 

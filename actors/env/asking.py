@@ -6,7 +6,7 @@ messages cost more than the pass. Sequences of tokens end one by one, so request
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from actors.episodes import Action, TurnRequest
@@ -28,16 +28,23 @@ class Asking:
     together: requests that are made in the same turn of the loop share items, if one policy version may answer them in
     the same way. Their group's version bounds those that ask for no exact one from below, and it was out when the
     group was issued; so all of an item ask for the newest among them, and have the highest of their priorities.
-    max_samples: of an item, unless one request has more
+    max_samples: of an item, unless one request has more    num_rollouts: tells how many share what is asked at once
     """
 
-    def __init__(self, requests: Producer, *, together: bool, max_samples: int) -> None:
+    def __init__(
+        self,
+        requests: Producer,
+        *,
+        together: bool,
+        max_samples: int,
+        num_rollouts: Callable[[], int],
+    ) -> None:
         self._requests = requests
         self._together = together
         self._max_samples = max_samples
+        self._num_rollouts = num_rollouts
         self._waiting: list[_Asked] = []
         self._calls: set[asyncio.Task[None]] = set()
-        self.consumers: set[str] = set()  # rollout actors, who share what is asked at once
 
     async def ask(self, request: TurnRequest, *, key: str, priority: int) -> Actions:
         """The action of every sample of the request, in order; None for one that has no room for another turn.
@@ -68,15 +75,15 @@ class Asking:
                 r = asked.request
                 kind = (r.run_attempt, r.version if r.exact else None, r.sampling)
                 alike.setdefault(kind, []).append(asked)
-        for kind_of in alike.values():
-            for part in self._parts(kind_of):
+        for of_a_kind in alike.values():
+            for part in self._parts(of_a_kind):
                 call = asyncio.create_task(self._call(part))
                 self._calls.add(call)
                 call.add_done_callback(self._calls.discard)
 
     def _parts(self, asked: Sequence[_Asked]) -> Iterable[list[_Asked]]:
         """As many as there are rollout actors, or more where they would be too large."""
-        fair = -(-len(asked) // max(1, len(self.consumers)))
+        fair = -(-len(asked) // max(1, self._num_rollouts()))
         part: list[_Asked] = []
         size = 0
         for one in asked:

@@ -45,7 +45,12 @@ class Play:
         hub = InlineHub()
         env = hub.endpoint("env")
         self.producer = ChannelRouter(env).producer("requests", bound=16)
-        self.asking = Asking(self.producer, together=together, max_samples=max_samples)
+        self.asking = Asking(
+            self.producer,
+            together=together,
+            max_samples=max_samples,
+            num_rollouts=lambda: len(self.rollouts),
+        )
         self.rollouts: list[Consumer] = []
         for number in range(rollouts):
             name = f"rollout-{number}"
@@ -55,7 +60,6 @@ class Play:
             self.rollouts.append(ChannelRouter(end).consumer("requests", capacity=16))
             self.rollouts[-1].add_producer("env")
             self.producer.add_consumer(name)
-            self.asking.consumers.add(name)
 
     def ask(self, made: TurnRequest, priority: int = 0) -> asyncio.Task[Any]:
         return asyncio.create_task(self.asking.ask(made, key=str(made.group), priority=priority))
