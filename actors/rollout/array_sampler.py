@@ -85,7 +85,7 @@ class ArraySampler:
         for work in admissible:
             if batch and self._is_greedy(work) != self._is_greedy(batch[0]):
                 continue  # of an evaluation: its turn comes with the next call
-            size += sum(len(request.samples) for request in work.requests)
+            size += _num_samples(work)
             if batch and size > self._max_samples:
                 break
             batch.append(work)
@@ -97,7 +97,7 @@ class ArraySampler:
         finished: list[tuple[Work, list[Action | None]]] = []
         start = 0
         for work in batch:
-            end = start + sum(len(request.samples) for request in work.requests)
+            end = start + _num_samples(work)
             finished.append((work, list(actions[start:end])))
             start = end
         return Advanced(batch, finished)
@@ -158,3 +158,7 @@ class ArraySampler:
             )
             for place in range(len(values))
         ]
+
+
+def _num_samples(work: Work) -> int:
+    return sum(len(request.samples) for request in work.requests)
