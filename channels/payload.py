@@ -39,9 +39,8 @@ KEPT_HEADER_BYTES = 1 << 20  # an encoder that has grown beyond is not used agai
 MAX_NESTING = 4  # of encoded trees in encoded trees
 MAX_ROWS = 1 << 20  # of one table of columns
 
-_exhaust = deque[Any](
-    maxlen=0
-).extend  # runs an iterator to its end, at the interpreter's own speed
+# Runs an iterator to its end, at the interpreter's own speed.
+_exhaust = deque[Any](maxlen=0).extend
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -66,9 +65,8 @@ _TORCH_DTYPES = (
 )
 _OTHER_DTYPE = 255  # its description follows the shape
 _NUMPY_CODES = {dtype: code for code, dtype in enumerate(_NUMPY_DTYPES)}
-_ATOMS = frozenset(
-    {str, int, bool, bytes, type(None)}
-)  # equal means the same, among values of one such type
+# Equal means the same, among values of one such type.
+_ATOMS = frozenset({str, int, bool, bytes, type(None)})
 _PADDING = tuple(bytes((-n) % 16) for n in range(16))  # by length modulo 16
 # dtype code, dimensions, frame (0 is the pack), offset, shape
 _PLACES = tuple(struct.Struct(f"<BBIQ{ndim}Q") for ndim in range(65))

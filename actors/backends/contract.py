@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter."  # in front of the names of an adapter's tensors in a training engine's state
 BASE = "base"  # in such a state: the checksum of the frozen model
-
-
-CRITIC_WEIGHTS = (
-    "critic"  # the folder, beside the policy's host copy, of the critic's for inference actors
-)
+# The folder, beside the policy's host copy, of the critic's for inference actors.
+CRITIC_WEIGHTS = "critic"
 
 
 def _no_tokens() -> Int32:

@@ -60,9 +60,8 @@ class RolloutActor(Actor):
         if devices.on_gpu(self.spec):
             self.device_weights = DeviceWeights(self.endpoint, partial(devices.gpu_of, self.spec))
         self.loaded = NOTHING  # (run attempt, version)
-        self.whole = (
-            NOTHING  # of which all weights were loaded: the same, or the base of an adapter
-        )
+        # Of which all weights were loaded: the same, or the base of an adapter.
+        self.whole = NOTHING
         self.gone: set[tuple[int, int]] = set()  # versions that the node no longer has
         self.wake = asyncio.Event()
         self.weights = WeightsDirectory(

@@ -44,9 +44,8 @@ class ArraySampler:
         self._weights = ModelWeights(self.policy, torch.device(device), buffers=True)
         self._version = -1 if config.job.steps else 0  # without a trainer the policy is what it is
         self.running: list[Work] = []  # always empty: what is begun is finished
-        self.gather_s = (
-            0.0  # a forward pass is as short as a wait; what comes meanwhile is the next batch
-        )
+        # A forward pass is as short as a wait; what comes meanwhile is the next batch.
+        self.gather_s = 0.0
         self.at_a_time = max(1, config.rollout.max_running // config.rollout.group_size)
         self.has_device = False
 

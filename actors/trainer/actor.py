@@ -74,9 +74,7 @@ class TrainerActor(Actor):
         self.engine: TrainingEngine | None = None
         self.commits: Commits | None = None
         self.tasks: asyncio.TaskGroup | None = None  # while it runs
-        self.readings: Readings | None = (
-            None  # the leader's, where inference actors read the policy
-        )
+        self.readings: Readings | None = None  # the leader's, where others read the policy
         self.weights = WeightsDirectory(
             Path(self.spec.weights_dir),
             keep=job.max_staleness + 2,

@@ -100,9 +100,8 @@ def export(request: ExportRequest) -> Exported:
     )
 
 
-Chosen = tuple[
-    int, torch.dtype, Callable[[Path], None]
-]  # how many parameters, and what writes them
+# How many parameters, of which dtype, and what writes them.
+Chosen = tuple[int, torch.dtype, Callable[[Path], None]]
 
 
 def _named(shards: Shards, prefix: str) -> dict[str, Tensor]:
